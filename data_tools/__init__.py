@@ -1,0 +1,1 @@
+"""Athanor's data package: from corpora to packed, verified, memmapped token shards."""

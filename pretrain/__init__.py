@@ -1,0 +1,1 @@
+"""Athanor's training package: from verified token shards to checkpoints and a Hugging Face model."""

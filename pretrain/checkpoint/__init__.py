@@ -1,0 +1,1 @@
+"""Checkpoints: logical state in fragments, written atomically, verified when read."""

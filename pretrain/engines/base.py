@@ -1,0 +1,60 @@
+"""The engine seam: what the training loop may ask of whatever runs one optimizer step.
+
+DeepSpeed's PipelineEngine allows nothing finer than a whole step, so neither does this. Every rank must call every
+method, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from pretrain.checkpoint.fragments import Fragment, LogicalState
+from pretrain.models.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step. Tensors stay on the device: reading one makes the host wait, so only reports do."""
+
+    loss: torch.Tensor  # scalar, nats per target token over the global batch, z-loss not included
+    z_loss: torch.Tensor  # scalar, mean of logsumexp(logits)^2 over the same tokens, unweighted
+    gradient_norm: torch.Tensor  # scalar, global L2 norm before clipping
+    skipped: torch.Tensor | bool  # true where a non-finite gradient left every weight as it was
+    counters: dict[str, float] = field(default_factory=dict)  # engine-specific, such as loss_scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Sums over the rows of all ranks: divide at the end, so that no mean of means can arise."""
+
+    loss_sum: float  # nats
+    target_count: int  # tokens
+
+
+class Engine(Protocol):
+    """One optimizer step and the state behind it."""
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Accumulate this rank's micro-batches (the same number on every rank), clip, update."""
+
+    def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
+        """Sum the loss over this rank's micro-batches (the same number on every rank), then over ranks."""
+
+    def set_learning_rate_multiplier(self, multiplier: float) -> None:
+        """Scale every parameter group's own learning rate; the loop owns the schedule."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of the logical state, on the CPU; together the ranks cover it exactly once."""
+
+    def scalar_state(self) -> dict[str, Any]:
+        """JSON values that are equal on all ranks: optimizer step count, loss scale."""
+
+    def restore(self, state: LogicalState) -> None:
+        """Take this rank's part of a state that any engine and topology wrote."""
+
+    def close(self) -> None:
+        """Release what the engine started; the process group is not its own."""

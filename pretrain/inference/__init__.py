@@ -1,0 +1,1 @@
+"""After training: generation from a checkpoint or an exported folder."""

@@ -1,0 +1,1 @@
+"""Models: a `transformers` causal LM from the configuration, its loss, and arithmetic about it. No ranks here."""
