@@ -1,0 +1,180 @@
+"""The process group and this process's place in it: started once, stopped at the end.
+
+The only reader of RANK, WORLD_SIZE, LOCAL_RANK and SLURM_*. Which rank does which part of the model: topology.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.errors import LaunchError, Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which process this is, as the launcher says."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_main_process(self) -> bool:
+        """True on the one rank that writes logs and reports."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank: one GPU a rank, else the CPU."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def read_place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Read the launcher's variables: torchrun, accelerate and deepspeed set RANK; srun sets SLURM_PROCID.
+
+    Raises:
+        LaunchError: where the variables contradict each other or only some of them are set.
+    """
+    if "RANK" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise LaunchError(
+            Problem(
+                f"{names[0]} is set, {', '.join(missing)} is not",
+                "all three of " + ", ".join(names),
+                "start through torchrun, deepspeed, accelerate launch or srun",
+            )
+        )
+    rank, world_size, local_rank = (int(environment[name]) for name in names)
+    # deepspeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE, Slurm may give neither
+    local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
+    place = Place(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=int(local) if local else 1)
+    if not 0 <= rank < world_size:
+        raise LaunchError(Problem(f"rank {rank} of {world_size}", "0 <= rank < world size", "check the launcher"))
+    return place
+
+
+def start(place: Place, *, timeout_seconds: float = 1800) -> None:
+    """Join the process group (nccl on GPUs, else gloo). Every rank must call; a single process starts none.
+
+    Raises:
+        LaunchError: where the group that forms has another size than the launcher said.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank)
+    if place.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        _become_a_group_of_one()
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    if dist.get_world_size() != place.world_size:
+        raise LaunchError(
+            Problem(
+                f"a group of {dist.get_world_size()} where the launcher said {place.world_size}",
+                "equal sizes",
+                "check MASTER_ADDR, MASTER_PORT and the number of processes",
+            )
+        )
+
+
+def _become_a_group_of_one() -> None:
+    """Give libraries that insist on a process group one of size 1, on a free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"
+    )
+
+
+def stop() -> None:
+    """Leave the process group; without this gloo may abort at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_distributed() -> bool:
+    """True where more than one rank runs."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over ranks, in place. Collective."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Stack every rank's tensor of one shape: (world_size, *shape). Collective."""
+    if not is_distributed():
+        return tensor.unsqueeze(0)
+    gathered = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(gathered, tensor)
+    return torch.stack(gathered)
+
+
+def any_rank(claim: bool) -> bool:
+    """True on all ranks where it is true on at least one. Collective; the host waits."""
+    if not is_distributed():
+        return claim
+    flag = torch.tensor(int(claim), device=_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's JSON value on every rank. Collective; bytes travel, not pickles."""
+    if not is_distributed():
+        return value
+    text = json.dumps(value).encode() if rank() == 0 else b""
+    length = torch.tensor(len(text), device=_device())
+    dist.broadcast(length, src=0)
+    buffer = torch.zeros(int(length.item()), dtype=torch.uint8, device=_device())
+    if rank() == 0:
+        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(buffer, src=0)
+    return json.loads(bytes(buffer.cpu().tolist()))
+
+
+def _device() -> torch.device:
+    """Where collectives of small values live: nccl knows no CPU tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
