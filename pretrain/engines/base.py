@@ -38,8 +38,11 @@ class EvaluationResult:
 class Engine(Protocol):
     """One optimizer step and the state behind it."""
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
-        """Accumulate this rank's micro-batches (the same number on every rank), clip, update."""
+    def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        """Accumulate this rank's micro-batches (the same number on every rank), clip, update.
+
+        `step` counts from 0 and seeds dropout.
+        """
 
     def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
         """Sum the loss over this rank's micro-batches (the same number on every rank), then over ranks."""

@@ -1,0 +1,163 @@
+"""The reference engine: one process, PyTorch only. Every other engine is tested against it.
+
+In bf16 the weights of forward and backward are bf16; gradients are summed and the optimizer runs in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.checkpoint.fragments import KINDS, MASTER, Fragment, LogicalState, whole_box
+from pretrain.config import RunConfig
+from pretrain.engines.base import EvaluationResult, StepResult
+from pretrain.models.batch import Batch
+from pretrain.models.build import ModelBuilder
+from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
+from pretrain.random_streams import stream_seed
+
+
+class PlainEngine:
+    """One process, one device, fp32 or bf16 with fp32 master weights."""
+
+    def __init__(self, config: RunConfig, builder: ModelBuilder, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._model = builder.build(device)
+        self._weights = {
+            self._model.logical_name(name): weight
+            for name, weight in self._model.named_parameters()
+            if weight.requires_grad
+        }
+        self._masters = _MasterWeights(self._weights) if config.precision == "bf16" else None
+        updated = self._masters.by_name if self._masters else self._weights
+        self._optimizer = build_optimizer(updated.items(), config.optimizer)
+
+    def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        """See Engine."""
+        self._model.train()
+        targets = sum(batch.target_count for batch in micro_batches)
+        sums = torch.zeros(2, device=self._device)
+        for index, batch in enumerate(micro_batches):
+            torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index))
+            loss_sum, z_loss_sum = self._model(batch.to(self._device))
+            ((loss_sum + self._config.loss.z_loss * z_loss_sum) / max(1, targets)).backward()
+            sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
+        norm = self._update()
+        loss, z_loss = sums / max(1, targets)
+        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=~norm.isfinite())
+
+    def _update(self) -> torch.Tensor:
+        """Clip and step inside one fused kernel; a non-finite norm makes it change nothing, without a host wait."""
+        updated = list((self._masters.by_name if self._masters else self._weights).values())
+        if self._masters:
+            self._masters.complete_gradients()
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in updated if weight.grad is not None])
+        clip = self._config.optimizer.clip_norm
+        scale = torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else torch.ones_like(norm)
+        # AdamW's fused kernel divides gradients by grad_scale and leaves everything untouched where found_inf is set
+        self._optimizer.grad_scale = scale
+        self._optimizer.found_inf = (~norm.isfinite()).float()
+        self._optimizer.step()
+        if self._masters:
+            self._masters.publish()
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
+        """See Engine."""
+        self._model.eval()
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        targets = 0
+        for batch in micro_batches:
+            loss += self._model(batch.to(self._device))[0]
+            targets += batch.target_count
+        return EvaluationResult(loss_sum=float(loss), target_count=targets)
+
+    def set_learning_rate_multiplier(self, multiplier: float) -> None:
+        """See Engine."""
+        set_learning_rate_multiplier(self._optimizer, multiplier)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See Engine."""
+        for name, weight in (self._masters.by_name if self._masters else self._weights).items():
+            shape = tuple(weight.shape)
+            state = self._optimizer.state.get(weight, {})
+            for kind in KINDS:
+                values = weight.detach() if kind == MASTER else state.get(kind, torch.zeros_like(weight))
+                yield Fragment(
+                    name=name,
+                    kind=kind,
+                    shape=shape,
+                    box=whole_box(shape),
+                    start=0,
+                    values=values.detach().float().flatten().cpu(),
+                )
+
+    def scalar_state(self) -> dict[str, Any]:
+        """See Engine."""
+        steps = [state["step"] for state in self._optimizer.state.values()]
+        return {"optimizer_steps": int(steps[0]) if steps else 0}
+
+    @torch.no_grad()
+    def restore(self, state: LogicalState) -> None:
+        """See Engine."""
+        steps = float(state.scalars["optimizer_steps"])
+        for name, weight in (self._masters.by_name if self._masters else self._weights).items():
+            weight.copy_(state.read(name, MASTER))
+            moments = {kind: state.read(name, kind).to(self._device, torch.float32) for kind in KINDS if kind != MASTER}
+            self._optimizer.state[weight] = {"step": torch.tensor(steps, device=self._device), **moments}
+        if self._masters:
+            self._masters.publish()
+
+    def close(self) -> None:
+        """See Engine."""
+
+
+class _MasterWeights:
+    """fp32 copies of bf16 weights, and the fp32 sums of their gradients."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
+        for weight in weights.values():
+            weight.data = weight.data.bfloat16()
+        # the master starts from the rounded weight, as DeepSpeed's does: both engines then take the same first step
+        self.by_name = {name: nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
+        self._low = list(weights.values())
+        self._high = list(self.by_name.values())
+        self._has_gradient = [False] * len(self._low)
+        for place, (low, high) in enumerate(zip(self._low, self._high, strict=True)):
+            high.grad = torch.zeros_like(high)
+            low.register_post_accumulate_grad_hook(self._collector(place, high.grad))
+
+    def _collector(self, place: int, total: torch.Tensor) -> Any:
+        """A hook that moves a weight's gradient into its fp32 sum as soon as backward has it."""
+
+        def collect(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            if self._has_gradient[place]:
+                total.add_(weight.grad)
+            else:
+                total.copy_(weight.grad)
+                self._has_gradient[place] = True
+            weight.grad = None
+
+        return collect
+
+    def complete_gradients(self) -> None:
+        """Zero the sums of weights that no micro-batch reached, and open the next step."""
+        for place, reached in enumerate(self._has_gradient):
+            if not reached:
+                total = self._high[place].grad
+                assert total is not None
+                total.zero_()
+            self._has_gradient[place] = False
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the weights that forward reads."""
+        torch._foreach_copy_(self._low, self._high)

@@ -1,0 +1,182 @@
+"""Where DeepSpeed keeps fp32 weights and moments, by ZeRO stage, seen as runs of elements of logical tensors.
+
+One class a layout: replicated (stage 0), cut by flat groups (1 and 2), cut parameter by parameter (3). Owns reading
+and writing that state in place; what a step does with it is zero.py.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.checkpoint.fragments import FIRST_MOMENT, MASTER, SECOND_MOMENT
+
+MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRun:
+    """This rank's elements [start, start + count) of one flattened logical tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    tensors: Mapping[str, torch.Tensor]  # kind -> flat view of `count` elements, written in place
+
+
+class ZeroState(ABC):
+    """The fp32 state of one rank. Every method that changes weights is collective."""
+
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._engine = engine
+        self._optimizer = engine.optimizer
+        self._parameters = parameters  # logical name -> the parameter that forward reads
+
+    @property
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    @abstractmethod
+    def runs(self) -> Iterator[LocalRun]:
+        """This rank's part; moments must exist (see `create_moments`)."""
+
+    @abstractmethod
+    def publish_masters(self) -> None:
+        """Round the fp32 weights into those that forward reads, on all ranks. Collective."""
+
+    def create_moments(self, steps: int | None = None) -> None:
+        """Make zero moments where no step has made them yet; with `steps`, set the optimizer's step count as well."""
+        for group in self._base_optimizer.param_groups:
+            for weight in group["params"]:
+                state = self._base_optimizer.state[weight]
+                for kind in MOMENTS:
+                    if kind not in state:
+                        state[kind] = torch.zeros_like(weight.data)
+                if steps is not None or "step" not in state:
+                    device = weight.device if group.get("fused") else "cpu"
+                    state["step"] = torch.tensor(float(steps or 0), device=device)
+
+    def steps(self) -> int:
+        """Updates that the optimizer has applied."""
+        counts = [state["step"] for state in self._base_optimizer.state.values() if "step" in state]
+        return int(counts[0]) if counts else 0
+
+
+class ReplicatedState(ZeroState):
+    """Stage 0: every rank holds all; for reading, rank r of n answers for the r-th n-th of each tensor."""
+
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(engine, parameters)
+        self._masters = dict(parameters)
+        if hasattr(self._optimizer, "fp32_groups"):  # bf16: DeepSpeed's FP16_UnfusedOptimizer, one master a weight
+            pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
+            master_of = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+            self._masters = {name: master_of[id(low)] for name, low in parameters.items()}
+            # its constructor takes an optimizer step with zero gradients, which decays weights and counts as a step
+            self._base_optimizer.state.clear()
+            with torch.no_grad():
+                for name, low in parameters.items():
+                    self._masters[name].copy_(low)
+
+    def runs(self) -> Iterator[LocalRun]:
+        rank, ranks = self._engine.global_rank, self._engine.dp_world_size
+        for name, master in self._masters.items():
+            share = math.ceil(master.numel() / ranks)
+            start = min(rank * share, master.numel())
+            yield self._run(name, start, min(share, master.numel() - start))
+
+    def whole(self) -> Iterator[LocalRun]:
+        """Every tensor in full, to be written on every rank."""
+        for name, master in self._masters.items():
+            yield self._run(name, 0, master.numel())
+
+    def _run(self, name: str, start: int, count: int) -> LocalRun:
+        master = self._masters[name]
+        state = self._base_optimizer.state[master]
+        tensors = {MASTER: master.data, **{kind: state[kind] for kind in MOMENTS}}
+        return LocalRun(
+            name=name,
+            shape=tuple(master.shape),
+            start=start,
+            count=count,
+            tensors={kind: tensor.view(-1).narrow(0, start, count) for kind, tensor in tensors.items()},
+        )
+
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        for name, low in self._parameters.items():
+            low.copy_(self._masters[name])
+
+
+class PartitionedState(ZeroState):
+    """Stages 1 and 2: flat groups cut into one partition a rank; DeepSpeed maps each parameter to its run."""
+
+    def runs(self) -> Iterator[LocalRun]:
+        self._optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._parameters.items():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # no element of it lies in this rank's partition
+                continue
+            address = mapping.lp_fragment_address
+            yield LocalRun(
+                name=name,
+                shape=tuple(parameter.shape),
+                start=address.start,
+                count=address.numel,
+                tensors={
+                    MASTER: mapping.get_hp_fragment().data,
+                    **{kind: mapping.get_hp_fragment(kind) for kind in MOMENTS},
+                },
+            )
+
+    def publish_masters(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+class ShardedState(ZeroState):
+    """Stage 3: each parameter cut into equal shards, the last one padded."""
+
+    def runs(self) -> Iterator[LocalRun]:
+        rank = self._engine.global_rank
+        for name, parameter in self._parameters.items():
+            tensors = {kind: self._shard(parameter, kind) for kind in (MASTER, *MOMENTS)}
+            length = tensors[MASTER].numel()
+            start = min(length * rank, parameter.ds_numel)  # type: ignore[attr-defined]
+            count = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]
+            yield LocalRun(
+                name=name,
+                shape=tuple(parameter.ds_shape),  # type: ignore[attr-defined]
+                start=start,
+                count=count,
+                tensors={kind: tensor.narrow(0, 0, count) for kind, tensor in tensors.items()},
+            )
+
+    def _shard(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        key = None if kind == MASTER else kind
+        shard, _ = self._optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=True, optim_state_key=key
+        )
+        return shard.data
+
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        for parameter in self._parameters.values():
+            shard = parameter.ds_tensor  # type: ignore[attr-defined]
+            shard.copy_(self._shard(parameter, MASTER).view_as(shard))
+        persistent = self._optimizer.persistent_parameters  # small ones that stay gathered between steps
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+def zero_state(stage: int, engine: Any, parameters: Mapping[str, nn.Parameter]) -> ZeroState:
+    """The state of an initialised DeepSpeed engine."""
+    layout = {0: ReplicatedState, 1: PartitionedState, 2: PartitionedState, 3: ShardedState}[stage]
+    return layout(engine, parameters)
