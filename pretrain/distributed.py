@@ -70,7 +70,7 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def start(place: Place, *, timeout_seconds: float = 1800) -> None:
-    """Join the process group (nccl on GPUs, else gloo). Every rank must call; a single process starts none.
+    """Join the process group; a single process makes a group of one. Every rank must call.
 
     Raises:
         LaunchError: where the group that forms has another size than the launcher said.
@@ -84,7 +84,8 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
+        # host values (flags, counts) always travel by gloo: agreeing on them never waits for a GPU
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         rank=place.rank,
         world_size=place.world_size,
         timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -153,10 +154,10 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(claim: bool) -> bool:
-    """True on all ranks where it is true on at least one. Collective; the host waits."""
+    """True on all ranks where it is true on at least one. Collective; hosts wait for each other, not for a GPU."""
     if not is_distributed():
         return claim
-    flag = torch.tensor(int(claim), device=_device())
+    flag = torch.tensor(int(claim))
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
 
@@ -166,15 +167,10 @@ def broadcast_json(value: Any) -> Any:
     if not is_distributed():
         return value
     text = json.dumps(value).encode() if rank() == 0 else b""
-    length = torch.tensor(len(text), device=_device())
+    length = torch.tensor(len(text))
     dist.broadcast(length, src=0)
-    buffer = torch.zeros(int(length.item()), dtype=torch.uint8, device=_device())
+    buffer = torch.zeros(int(length.item()), dtype=torch.uint8)
     if rank() == 0:
         buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     dist.broadcast(buffer, src=0)
     return json.loads(bytes(buffer.cpu().tolist()))
-
-
-def _device() -> torch.device:
-    """Where collectives of small values live: nccl knows no CPU tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

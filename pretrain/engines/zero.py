@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pretrain import distributed
-from pretrain.checkpoint.fragments import KINDS, MASTER, Fragment, LogicalState, whole_box
+from pretrain.checkpoint.fragments import KINDS, Fragment, LogicalState, whole_box
 from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
@@ -165,5 +165,5 @@ def _build(
 
 def _fragment(run: LocalRun, kind: str) -> Fragment:
     assert run.count <= math.prod(run.shape)
-    values = run.tensors[kind].detach().to("cpu", torch.float32, copy=kind == MASTER)
+    values = run.tensors[kind].detach().to("cpu", torch.float32)
     return Fragment(name=run.name, kind=kind, shape=run.shape, box=whole_box(run.shape), start=run.start, values=values)

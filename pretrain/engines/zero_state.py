@@ -86,6 +86,7 @@ class ReplicatedState(ZeroState):
                     self._masters[name].copy_(low)
 
     def runs(self) -> Iterator[LocalRun]:
+        """See ZeroState."""
         rank, ranks = self._engine.global_rank, self._engine.dp_world_size
         for name, master in self._masters.items():
             share = math.ceil(master.numel() / ranks)
@@ -111,6 +112,7 @@ class ReplicatedState(ZeroState):
 
     @torch.no_grad()
     def publish_masters(self) -> None:
+        """See ZeroState."""
         for name, low in self._parameters.items():
             low.copy_(self._masters[name])
 
@@ -119,6 +121,7 @@ class PartitionedState(ZeroState):
     """Stages 1 and 2: flat groups cut into one partition a rank; DeepSpeed maps each parameter to its run."""
 
     def runs(self) -> Iterator[LocalRun]:
+        """See ZeroState."""
         self._optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._parameters.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -137,6 +140,7 @@ class PartitionedState(ZeroState):
             )
 
     def publish_masters(self) -> None:
+        """See ZeroState."""
         self._optimizer.update_lp_params()
 
 
@@ -144,6 +148,7 @@ class ShardedState(ZeroState):
     """Stage 3: each parameter cut into equal shards, the last one padded."""
 
     def runs(self) -> Iterator[LocalRun]:
+        """See ZeroState."""
         rank = self._engine.global_rank
         for name, parameter in self._parameters.items():
             tensors = {kind: self._shard(parameter, kind) for kind in (MASTER, *MOMENTS)}
@@ -167,6 +172,7 @@ class ShardedState(ZeroState):
 
     @torch.no_grad()
     def publish_masters(self) -> None:
+        """See ZeroState."""
         for parameter in self._parameters.values():
             shard = parameter.ds_tensor  # type: ignore[attr-defined]
             shard.copy_(self._shard(parameter, MASTER).view_as(shard))
