@@ -1,0 +1,112 @@
+"""The values of a training line: what a step's device tensors and the clock say, read only when a line is due.
+
+Where they go is reporting/'s; what a step costs in FLOPs is models/'s.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from pretrain.engines.base import StepResult
+
+Value = float | int | bool
+
+
+class StepMeter:
+    """Gathers steps between two lines and makes the values of a line; times are means over those steps.
+
+    Args:
+        device: whose memory is reported; of a CPU, the resident memory of this process.
+        flops_per_token: model FLOPs of forward and backward for one token.
+        peak_flops_per_second: of all ranks together, in the precision of the run; null: unknown, no MFU.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        flops_per_token: float | None = None,
+        peak_flops_per_second: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._device = device
+        self._flops_per_token = flops_per_token
+        self._peak_flops_per_second = peak_flops_per_second
+        self._clock = clock
+        self._process = psutil.Process()
+        self._start()
+
+    def count_step(self, *, tokens: int, data_seconds: float) -> None:
+        """Count a step over so many tokens (rows x sequence length) that waited so long for its data."""
+        self._steps += 1
+        self._tokens += tokens
+        self._data_seconds += data_seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is no part of a step: validation, saving."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused_seconds += self._clock() - began
+
+    def read(self, result: StepResult, *, tokens_seen: int, learning_rate: float, skipped: int) -> dict[str, Value]:
+        """The values of the line of the last step counted; the host waits for the device here.
+
+        Args:
+            result: of that step; its loss, z-loss and gradient norm are that step's own, not means.
+            tokens_seen: tokens since the start of the run.
+            learning_rate: of that step.
+            skipped: steps skipped since the last line (`Guard.read_skipped`).
+        """
+        assert self._steps > 0, "a line needs at least one step"
+        scalars = torch.stack([value.detach().float() for value in (result.loss, result.z_loss, result.gradient_norm)])
+        loss, z_loss, gradient_norm = scalars.tolist()
+        seconds = max(self._clock() - self._began - self._paused_seconds, 1e-9)
+        tokens_per_second = self._tokens / seconds
+        values: dict[str, Value] = {
+            "tokens": tokens_seen,
+            "loss": loss,
+            "z_loss": z_loss,
+            "grad_norm": gradient_norm,
+            "learning_rate": learning_rate,
+            "step_seconds": seconds / self._steps,
+            "data_seconds": self._data_seconds / self._steps,
+            "tokens_per_second": tokens_per_second,
+            "skipped": skipped,
+            "memory_bytes": self._memory_bytes(),
+        }
+        if self._flops_per_token and self._peak_flops_per_second:
+            values["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops_per_second
+        values.update(result.counters)
+        self._start()
+        return values
+
+    def _start(self) -> None:
+        self._steps = 0
+        self._tokens = 0
+        self._data_seconds = 0.0
+        self._paused_seconds = 0.0
+        self._began = self._clock()
+
+    def _memory_bytes(self) -> int:
+        """The most that tensors held so far on a GPU; on a CPU, what the process holds now."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return int(self._process.memory_info().rss)
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats per token; infinite where that is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,76 @@
+"""When a run ends before its last step: signals, requests, and validation that no longer improves.
+
+Only says that it should end; saving and leaving is the loop's (loop.py), divergence is guard.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+from pretrain.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A terminal's Ctrl-C and Slurm's SIGTERM reach every process, and launchers pass them on once more: signals that
+# follow the first one this closely are the same wish, not a second one.
+SAME_REQUEST_SECONDS = 3.0
+
+
+class StopRequest:
+    """A wish to save and end, made by Ctrl-C, SIGTERM, SIGUSR1 or a call; a second signal ends the process at once.
+
+    A context manager, for the main thread: the handlers found on entry come back on exit.
+
+    Args:
+        any_rank: true on all ranks where it is true on one, such as `pretrain.distributed.any_rank`.
+        same_request_seconds: signals that follow the first one closer than this are the same wish.
+    """
+
+    def __init__(self, any_rank: Callable[[bool], bool], *, same_request_seconds: float = SAME_REQUEST_SECONDS) -> None:
+        self._any_rank = any_rank
+        self._same_request_seconds = same_request_seconds
+        self._found_handlers: dict[signal.Signals, Any] = {}
+        self._signalled_at: float | None = None
+        self.reason: str | None = None  # of this rank; null: nobody asked this rank
+
+    def __enter__(self) -> StopRequest:
+        for number in STOP_SIGNALS:
+            self._found_handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._found_handlers.items():
+            # a handler that was not set from Python reads as null and cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._found_handlers.clear()
+
+    def request(self, reason: str) -> None:
+        """Ask for an orderly end without a signal, such as at a time limit."""
+        self.reason = self.reason or reason
+
+    def is_agreed(self) -> bool:
+        """True on all ranks once any rank was asked to stop. Collective: every rank must call at the same step."""
+        return self._any_rank(self.reason is not None)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            self.request(signal.Signals(number).name)
+        elif now - self._signalled_at >= self._same_request_seconds:
+            signal.signal(number, signal.SIG_DFL)  # dying of the signal itself tells the parent the truth
+            os.kill(os.getpid(), number)
+
+
+def should_stop_early(progress: Progress, patience: int | None) -> bool:
+    """True after `patience` evaluations in a row without a better loss; never where patience is null."""
+    return patience is not None and progress.evaluations_without_improvement >= patience
