@@ -1,0 +1,38 @@
+# Makes the Python environment that quickstart.sh and tests/run.sh share; meant to be sourced from the repository root.
+# Owns `.venv` and `.cache/torch_extensions`. Installs nothing outside the repository.
+# shellcheck shell=bash
+
+say() { printf '\n==> %s\n' "$*"; }
+
+# make_environment: create `.venv` and install this checkout, unless both are as pyproject.toml and constraints.txt say.
+make_environment() {
+    local python=${PYTHON:-python3} stamp_file=.venv/athanor-stamp stamp
+    if [ ! -x .venv/bin/python ]; then
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+            echo "found $("$python" --version 2>&1); allowed: Python 3.10 or newer; change: PYTHON=python3.11 bash $0" >&2
+            return 1
+        }
+        say "Creating .venv with $("$python" --version)"
+        "$python" -m venv .venv || return
+    fi
+    # Launchers start ninja, python and deepspeed by name; another ninja than .venv's would rebuild DeepSpeed's ops.
+    export PATH="$PWD/.venv/bin:$PATH"
+    export TORCH_EXTENSIONS_DIR="$PWD/.cache/torch_extensions"
+    stamp=$({ .venv/bin/python --version; pwd; cat pyproject.toml constraints.txt; } | sha256sum)
+    if [ "$(cat "$stamp_file" 2>/dev/null)" = "$stamp" ]; then
+        say "Using .venv: pyproject.toml and constraints.txt have not changed since it was made"
+        return
+    fi
+    say "Installing into .venv (a few minutes and about 2 GB the first time)"
+    # The filter drops pip's remark on configured index folders that this machine does not have.
+    .venv/bin/pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e '.[fast,dev]' \
+        2> >(grep -v 'is ignored: it is either a non-existing path' >&2) || return
+    rm -rf .cache/torch_extensions # built against the torch of before
+    printf '%s\n' "$stamp" >"$stamp_file"
+}
+
+# warm_deepspeed: build the op that DeepSpeed compiles at its first start on CPU, so that no training run waits for it.
+warm_deepspeed() {
+    say "DeepSpeed's CPU op (compiled once, about a minute)"
+    .venv/bin/python -m launch.warm_deepspeed
+}

@@ -1,0 +1,71 @@
+"""Builds DeepSpeed's CPU op into TORCH_EXTENSIONS_DIR ahead of time. Builds nothing that is already there.
+
+A build that was killed leaves a lock file on which every later start waits for ever without a word; locks that no
+living process holds are removed first. Run as `python -m launch.warm_deepspeed [DEADLINE_SECONDS]`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DEADLINE_SECONDS = 600  # the build takes about one minute on two idle cores
+BUILD = "from pretrain import distributed as d; d.start(d.read_place()); " + (
+    "from pretrain.engines.deepspeed_import import import_deepspeed; "
+    "import_deepspeed().init_distributed('gloo'); d.stop()"
+)
+
+
+def main() -> int:
+    """Warm the cache; returns the exit code."""
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not cache:
+        print("found: TORCH_EXTENSIONS_DIR is not set; allowed: a folder; change: source launch/environment.sh")
+        return 64
+    for lock in stale_locks(Path(cache)):
+        print(f"removing the lock of a build that ended: {lock}")
+        lock.unlink(missing_ok=True)
+    deadline_seconds = int(sys.argv[1]) if len(sys.argv) > 1 else DEADLINE_SECONDS
+    began = time.monotonic()
+    try:
+        built = subprocess.run(
+            [sys.executable, "-c", BUILD],
+            timeout=deadline_seconds,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"the build did not end in {deadline_seconds} s: is another build running in {cache}?")
+        return 1
+    if built.returncode:
+        print(built.stdout[-3000:], built.stderr[-3000:], sep="\n")
+        print("the build failed: is a C++ compiler (g++) installed?")
+        return 1
+    print(f"ready after {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def stale_locks(cache: Path) -> list[Path]:
+    """The lock files below `cache` that no process has open."""
+    locks = [path.resolve() for path in cache.glob("**/lock")]
+    held = set(_open_files()) if locks else set()
+    return [lock for lock in locks if str(lock) not in held]
+
+
+def _open_files() -> list[str]:
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            found.append(os.readlink(link))
+        except OSError:  # the process ended, or is another user's
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
