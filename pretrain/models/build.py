@@ -1,0 +1,71 @@
+"""Builds the training model: the same weights on every layout, at little cost.
+
+Owns construction and filling as two acts, because ZeRO-3 constructs in pieces and fills through gathered parameters.
+Knows no engine; engines pass in how parameters are gathered.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from pretrain.config import ExecutionSection, LossSection, ModelSection
+from pretrain.models.configuration import resolve_model_config
+from pretrain.models.initialization import Gather, initialize, no_gather
+from pretrain.models.training_model import TrainingModel
+from pretrain.models.weights import load_weights
+
+
+class ModelBuilder:
+    """Everything that is needed to make the run's model, on any layout."""
+
+    def __init__(
+        self,
+        model_section: ModelSection,
+        *,
+        seed: int,
+        sequence_length: int,
+        execution: ExecutionSection,
+        loss: LossSection,
+    ) -> None:
+        self._section, self._seed = model_section, seed
+        self._execution, self._loss = execution, loss
+        self.config: PretrainedConfig = resolve_model_config(
+            model_section, sequence_length=sequence_length, attention=execution.attention
+        )
+
+    def construct(self) -> TrainingModel:
+        """Make the modules with parameters of arbitrary values, fp32 (or what a surrounding `zero.Init` makes them)."""
+        with no_init_weights():
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        network.tie_weights()
+        _restore_rotary_buffers(network)
+        return TrainingModel(network, execution=self._execution, loss=self._loss)
+
+    def fill(self, model: TrainingModel, gather: Gather = no_gather) -> None:
+        """Write every parameter in place, from the weights folder or from (seed, name); collective where gather is."""
+        if self._section.weights is not None:
+            load_weights(model.network, Path(self._section.weights), gather=gather)
+        else:
+            initialize(model.network, seed=self._seed, gather=gather)
+
+    def build(self, device: torch.device | str) -> TrainingModel:
+        """Construct on the device and fill."""
+        with torch.device(device):
+            model = self.construct()
+        self.fill(model)
+        return model
+
+
+def _restore_rotary_buffers(network: PreTrainedModel) -> None:
+    """Compute rotary frequencies again in fp32: `zero.Init` turns tensors that are made inside it to its own dtype."""
+    for module in network.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if isinstance(frequencies, torch.Tensor) and frequencies.dtype != torch.float32:
+            for name in ("inv_freq", "original_inv_freq"):
+                setattr(module, name, nn.Buffer(torch.empty_like(frequencies, dtype=torch.float32), persistent=False))
+            network._init_weights(module)

@@ -1,0 +1,111 @@
+"""Initial weights: the family's own distributions, drawn so that each module's values depend on (seed, name) alone.
+
+Whatever else is built beside it, on whichever rank, a module of a given name gets the same values. Reads no file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
+
+# Makes whole parameters readable and writable within a block (ZeRO-3 holds pieces of them); identity elsewhere.
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[object]]
+
+
+def no_gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+    """The gather of layouts in which every rank holds whole parameters."""
+    return nullcontext()
+
+
+@torch.no_grad()
+def initialize(
+    network: PreTrainedModel,
+    *,
+    seed: int,
+    gather: Gather = no_gather,
+    module_prefix: str = "",
+    root: nn.Module | None = None,
+) -> None:
+    """Write every parameter in place; collective where `gather` is.
+
+    Values are drawn in fp32 and then rounded to the parameter's dtype, so that every precision starts from one draw.
+
+    Args:
+        network: whose family's `_init_weights` is followed.
+        seed: of the run.
+        gather: see Gather.
+        module_prefix: name of `root` within the whole model, with a dot at its end.
+        root: the part to fill; the whole network where not given.
+    """
+    root = network if root is None else root
+    tied = _tied_aliases(root)
+    with guard_torch_init_functions():
+        # Children first: some families draw a child's weight again from its parent, as GPT-2 does its c_proj.
+        for name, module in reversed(list(root.named_modules())):
+            parameters = _touched_parameters(module)
+            buffers = list(module.buffers(recurse=False))
+            if not parameters and not buffers:
+                continue
+            with (
+                gather(parameters),
+                _fp32(parameters),
+                _kept(tied.get(name, [])),
+                _seeded(seed, module_prefix + name, parameters),
+            ):
+                network._init_weights(module)
+
+
+def _touched_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Own parameters, and the children's own, which a family may draw from the parent (never across a whole model)."""
+    parameters = list(module.parameters(recurse=False))
+    if not isinstance(module, PreTrainedModel):
+        for child in module.children():
+            parameters += child.parameters(recurse=False)
+    return list(dict.fromkeys(parameters))
+
+
+def _tied_aliases(root: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Module name -> its parameters that belong, by name, to an earlier module."""
+    canonical = {id(parameter): name for name, parameter in root.named_parameters()}
+    aliases: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if canonical[id(parameter)] != name:
+            aliases.setdefault(name.rpartition(".")[0], []).append(parameter)
+    return aliases
+
+
+@contextmanager
+def _fp32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block the parameters are fp32; afterwards their own storage holds the rounded values."""
+    stored = [(parameter, parameter.data) for parameter in parameters if parameter.dtype != torch.float32]
+    for parameter, data in stored:
+        parameter.data = data.float()
+    yield
+    for parameter, data in stored:
+        parameter.data = data.copy_(parameter.data)
+
+
+@contextmanager
+def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block transformers' initialisers leave these parameters as they are."""
+    for parameter in parameters:
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    yield
+    for parameter in parameters:
+        del parameter._is_hf_initialized  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _seeded(seed: int, name: str, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block the random generators start from (seed, name); afterwards they are as before."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    devices = {parameter.device for parameter in parameters if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield

@@ -1,0 +1,79 @@
+"""The trainable module: a transformers network whose forward gives summed losses of one micro-batch.
+
+Owns the path from a Batch to two sums, recomputation and compilation of layers. Divides by nothing and knows no engine.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pretrain.config import ExecutionSection, LossSection
+from pretrain.models.attention import document_inputs
+from pretrain.models.batch import IGNORED_LABEL, Batch
+from pretrain.models.loss import OutputHead, full_logits_loss
+
+logger = logging.getLogger(__name__)
+
+# Model types whose logits are exactly head(hidden): tests compare each with the model's own logits.
+PLAIN_HEAD_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2", "olmo2"})
+# Below this share of target tokens, picking them out costs less than computing the others' logits.
+SPARSE_TARGETS = 0.9
+PREFIX = "network."
+
+
+class TrainingModel(nn.Module):
+    """A causal language model that maps a micro-batch to sums over its target tokens."""
+
+    def __init__(self, network: PreTrainedModel, *, execution: ExecutionSection, loss: LossSection) -> None:
+        super().__init__()
+        self.network = network
+        self._attention: str = network.config._attn_implementation
+        self._has_fused_loss = self._fuse_loss(loss)
+        if execution.recomputation == "full":
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if execution.compile:
+            for layer in decoder_layers(network):
+                layer.compile(dynamic=False)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over the micro-batch's target tokens, fp32 scalars: cross-entropy (nats), logsumexp of logits squared.
+
+        The objective to differentiate is `first + loss.z_loss * second`, times any factor (see OutputHead.forward).
+        """
+        inputs = document_inputs(batch, self._attention)
+        labels = batch.labels.flatten()
+        if not self._has_fused_loss:
+            logits = self.network(**inputs, use_cache=False).logits
+            return full_logits_loss(logits.flatten(0, -2), labels)
+        hidden = self.network.base_model(**inputs, use_cache=False)[0].flatten(0, -2)
+        if batch.target_count < SPARSE_TARGETS * labels.numel():
+            # The count is known, so the device need not tell the host how many rows there are.
+            chosen = torch.nonzero_static(labels != IGNORED_LABEL, size=batch.target_count).squeeze(-1)
+            hidden, labels = hidden[chosen], labels[chosen]
+        sums: tuple[torch.Tensor, torch.Tensor] = self.network.get_output_embeddings()(hidden, labels)
+        return sums
+
+    @staticmethod
+    def logical_name(parameter_name: str) -> str:
+        """The Hugging Face model's name of one of this module's parameters."""
+        return parameter_name.removeprefix(PREFIX)
+
+    def _fuse_loss(self, loss: LossSection) -> bool:
+        head = self.network.get_output_embeddings()
+        model_type = self.network.config.model_type
+        if model_type not in PLAIN_HEAD_TYPES or type(head) is not nn.Linear:
+            logger.info("loss from full logits: %s is not known to end in one plain linear", model_type)
+            return False
+        fused = OutputHead.from_linear(head, chunk_tokens=loss.chunk_tokens, z_loss_weight=loss.z_loss)
+        self.network.set_output_embeddings(fused)
+        return True
+
+
+def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:
+    """The network's list of decoder layers."""
+    lists = [module for module in network.base_model.children() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)
