@@ -172,6 +172,7 @@ class ReportingSection(Section):
     mlflow_experiment: str = "athanor"
     tensorboard: bool = True
     wandb: bool = False
+    wandb_mode: Literal["offline", "online"] = "offline"  # offline: files in the run folder, sent later by `wandb sync`
     console: bool = True
 
 
