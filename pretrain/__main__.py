@@ -1,0 +1,146 @@
+"""The command line of the training package: one function a command, each of them parse and call.
+
+Importing this file imports no torch; what a command needs is imported inside its function.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+app = typer.Typer(
+    name="pretrain",
+    help="Pretrain language models on DeepSpeed and Accelerate, with the same numbers on every layout.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help starts four times as fast
+    pretty_exceptions_enable=False,
+)
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Changes to the run configuration, as YAML values."),
+]
+Source = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="A run folder, a checkpoint folder, or a Hugging Face model folder.")
+]
+
+
+@app.command()
+def check(
+    run: RunFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Ranks of the whole job.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show batch plan, layout, parameters, FLOPs and memory of a run, or everything that is wrong with it."""
+    from pretrain.check import print_check
+
+    print_check(run, overrides or [], world_size=world_size, as_json=as_json)
+
+
+@app.command()
+def train(
+    run: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the newest checkpoint; required, never, or a checkpoint folder.")
+    ] = "auto",
+) -> None:
+    """Train; under torchrun, deepspeed, accelerate launch or srun this is one rank of the job."""
+    from pretrain import run as composition
+
+    raise typer.Exit(composition.train(run, overrides or [], resume))
+
+
+@app.command()
+def evaluate(
+    source: Source,
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="A dataset folder; default: the run's validation sets.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of that folder.")] = "validation",
+) -> None:
+    """Measure loss and perplexity."""
+    from pretrain import run as composition
+
+    raise typer.Exit(composition.evaluate(source, data, split, overrides or []))
+
+
+@app.command()
+def generate(
+    source: Source,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to continue; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")] = 0,
+) -> None:
+    """Continue prompts."""
+    from pretrain import run as composition
+
+    code = composition.generate(
+        source, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def export(
+    source: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+) -> None:
+    """Write a Hugging Face folder, and check that transformers loads it with equal logits."""
+    from pretrain import run as composition
+
+    raise typer.Exit(composition.export(source, output))
+
+
+def main() -> None:
+    """Run the command line and end the process with the exit code of the outcome."""
+    sys.exit(run_command_line(sys.argv[1:]))
+
+
+def run_command_line(arguments: list[str]) -> int:
+    """Run one command and return its exit code; errors of the user are printed once, on stderr."""
+    from pretrain.errors import Preempted, PretrainError
+
+    try:
+        code = app(args=_without_launcher_argument(arguments), prog_name="pretrain", standalone_mode=False)
+    except PretrainError as error:
+        _report(error)
+        return error.exit_code
+    except Preempted as stop:
+        print(f"stopped in order, state saved: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 64
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _without_launcher_argument(arguments: list[str]) -> list[str]:
+    """DeepSpeed's launcher puts --local_rank=N before all others; the environment says the same."""
+    return arguments[1:] if arguments and re.fullmatch(r"--local_rank=\d+", arguments[0]) else arguments
+
+
+def _report(error: Exception) -> None:
+    """Every rank of a node finds the same fault in the configuration; the first one says it."""
+    from pretrain.errors import ConfigError
+
+    if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    rank = os.environ.get("RANK", "0")
+    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

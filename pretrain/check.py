@@ -1,0 +1,133 @@
+"""What `pretrain check` and `pretrain presets` show: tables for people, JSON for programs.
+
+Presentation only; the numbers are run_plan.py's and models/'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.config import RunConfig, load_config
+from pretrain.errors import ConfigError
+from pretrain.run_plan import RunPlan, plan_run
+
+GIB = 2**30
+LARGEST_GRID = 64  # ranks; a larger one is described, not drawn
+
+
+def print_check(path: Path, overrides: Sequence[str], *, world_size: int, as_json: bool) -> None:
+    """Print what a run will do.
+
+    Raises:
+        ConfigError: with every problem; as JSON they are printed as well.
+    """
+    try:
+        config = load_config(path, overrides)
+        plan = plan_run(config, world_size)
+    except ConfigError as error:
+        if as_json:
+            _print_json({"problems": [dataclasses.asdict(problem) for problem in error.problems]})
+        raise
+    if as_json:
+        _print_json(plan_values(config, plan))
+        return
+    console = Console()
+    console.print(_facts_table(config, plan))
+    console.print(_memory_table(plan))
+    if world_size <= LARGEST_GRID:
+        console.print(plan.topology.grid(), highlight=False)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def plan_values(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
+    """The plan as JSON values; units are in the names."""
+    batch, flops, memory = plan.batch, plan.flops, plan.memory
+    return {
+        "name": config.name,
+        "engine": plan.engine,
+        "layout": {**dataclasses.asdict(plan.topology), "world_size": plan.topology.world_size},
+        "batch": {
+            "sequence_length_tokens": batch.sequence_length,
+            "micro_batch_size_rows": batch.micro_batch_size,
+            "accumulation_micro_batches": batch.accumulation,
+            "global_batch_size_rows": batch.global_batch_size,
+            "tokens_per_step": batch.tokens_per_step,
+            "warmup_steps": batch.warmup_steps,
+            "total_steps": batch.total_steps,
+            "total_tokens": batch.total_tokens,
+        },
+        "model": dataclasses.asdict(plan.architecture),
+        "parameters": {
+            **dataclasses.asdict(plan.parameters),
+            "total": plan.parameters.total,
+            "active": plan.parameters.active,
+        },
+        "flops_per_token": {
+            "forward": flops.forward,
+            "backward": flops.backward,
+            "training": flops.training,
+            "training_with_recomputation": flops.training_with_recomputation,
+        },
+        "total_training_flops": flops.training * batch.total_tokens,
+        "memory_per_rank_bytes": {**dataclasses.asdict(memory), "total": memory.total},
+        "warnings": list(plan.warnings),
+    }
+
+
+def _facts_table(config: RunConfig, plan: RunPlan) -> Table:
+    table = Table(title=config.name, show_header=False, title_justify="left")
+    for name, value in _facts(config, plan):
+        table.add_row(name, value)
+    return table
+
+
+def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
+    batch, topology, flops = plan.batch, plan.topology, plan.flops
+    stage = f", ZeRO stage {config.parallel.zero_stage}" if plan.engine == "zero" else ""
+    yield "engine", f"{plan.engine}{stage}, {config.precision}, recomputation {config.execution.recomputation}"
+    yield (
+        "layout",
+        f"{topology.world_size} ranks = pipeline {topology.pipeline} x data {topology.data} "
+        f"x sequence {topology.sequence} x tensor {topology.tensor}",
+    )
+    yield (
+        "step",
+        f"{batch.global_batch_size:,} rows = {batch.micro_batch_size} rows a micro-batch x {batch.accumulation} "
+        f"micro-batches x {batch.data_parallel_size} data ranks",
+    )
+    yield "", f"{batch.tokens_per_step:,} tokens = {batch.global_batch_size:,} rows x {batch.sequence_length:,} tokens"
+    for stage_of_ramp in batch.stages[:-1]:
+        yield "", f"from step {stage_of_ramp.first_step:,}: {stage_of_ramp.global_batch_size:,} rows (ramp)"
+    yield "run", f"{batch.total_steps:,} steps ({batch.warmup_steps:,} warm-up) = {batch.total_tokens:,} tokens"
+    yield "parameters", f"{plan.parameters.total:,} ({plan.parameters.active:,} active a token)"
+    yield (
+        "FLOPs a token",
+        f"{flops.training:,} = {flops.forward:,} forward + {flops.backward:,} backward"
+        + (f" (+ {flops.layers_forward:,} recomputed)" if config.execution.recomputation == "full" else ""),
+    )
+    yield "FLOPs of the run", f"{flops.training * batch.total_tokens:.3g}"
+
+
+def _memory_table(plan: RunPlan) -> Table:
+    table = Table(title="memory of one rank (estimate)", title_justify="left")
+    table.add_column("component")
+    table.add_column("GiB", justify="right")
+    for component in dataclasses.fields(plan.memory):
+        size = getattr(plan.memory, component.name)
+        if size:
+            table.add_row(component.name.replace("_", " "), f"{size / GIB:.3f}")
+    table.add_section()
+    table.add_row("total", f"{plan.memory.total / GIB:.3f}")
+    return table
+
+
+def _print_json(values: object) -> None:
+    Console(soft_wrap=True, highlight=False).print(json.dumps(values, indent=2), markup=False)

@@ -1,0 +1,180 @@
+"""Which settings work together: one table, from which validation, the documentation and the parity tests come.
+
+A pair that is not in the table is supported. Sizes that must divide are topology.py's and batch_plan.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pretrain.config import RunConfig
+from pretrain.errors import Problem
+
+Feature = Literal[
+    "engine plain",
+    "engine zero",
+    "engine pipeline",
+    "engine accelerate",
+    "ZeRO stage 0",
+    "ZeRO stage 2",
+    "ZeRO stage 3",
+    "precision fp16",
+    "tensor parallelism",
+    "pipeline parallelism",
+    "sequence parallelism",
+    "expert parallelism",
+    "several processes",
+    "a DeepSpeed file",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why two settings do not work together, and the nearest setting that does."""
+
+    reason: str
+    allowed: str
+    change: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A run as far as the table looks at it."""
+
+    config: RunConfig
+    engine: str
+    world_size: int
+
+
+# How to see that a run uses a feature.
+USES: Mapping[Feature, Callable[[Choice], bool]] = {
+    "engine plain": lambda run: run.engine == "plain",
+    "engine zero": lambda run: run.engine == "zero",
+    "engine pipeline": lambda run: run.engine == "pipeline",
+    "engine accelerate": lambda run: run.engine == "accelerate",
+    "ZeRO stage 0": lambda run: run.config.parallel.zero_stage == 0,
+    "ZeRO stage 2": lambda run: run.config.parallel.zero_stage == 2,
+    "ZeRO stage 3": lambda run: run.config.parallel.zero_stage == 3,
+    "precision fp16": lambda run: run.config.precision == "fp16",
+    "tensor parallelism": lambda run: run.config.parallel.tensor > 1,
+    "pipeline parallelism": lambda run: run.config.parallel.pipeline > 1,
+    "sequence parallelism": lambda run: run.config.parallel.sequence > 1,
+    "expert parallelism": lambda run: run.config.parallel.expert > 1,
+    "several processes": lambda run: run.world_size > 1,
+    "a DeepSpeed file": lambda run: run.config.parallel.deepspeed_config is not None,
+}
+
+_ENGINES = "auto, plain or zero"
+_ONE = "1 (not in this version)"
+_NO_SHARDING = Refusal(
+    reason="the plain engine keeps the whole state in one process and would ignore the stage",
+    allowed="stages are the zero engine's",
+    change="set parallel.engine=zero, or leave parallel.zero_stage out",
+)
+
+# The table. A feature paired with itself is refused altogether.
+REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
+    ("engine pipeline", "engine pipeline"): Refusal(
+        reason="not in this version", allowed=_ENGINES, change="set parallel.engine=auto"
+    ),
+    ("engine accelerate", "engine accelerate"): Refusal(
+        reason="not in this version", allowed=_ENGINES, change="set parallel.engine=auto"
+    ),
+    ("tensor parallelism", "tensor parallelism"): Refusal(
+        reason="not in this version",
+        allowed=_ONE,
+        change="set parallel.tensor=1; parallel.zero_stage=3 shares a large model",
+    ),
+    ("pipeline parallelism", "pipeline parallelism"): Refusal(
+        reason="not in this version",
+        allowed=_ONE,
+        change="set parallel.pipeline=1; parallel.zero_stage=3 shares a large model",
+    ),
+    ("sequence parallelism", "sequence parallelism"): Refusal(
+        reason="not in this version",
+        allowed=_ONE,
+        change="set parallel.sequence=1; execution.recomputation=full makes room for long rows",
+    ),
+    ("expert parallelism", "expert parallelism"): Refusal(
+        reason="not in this version", allowed=_ONE, change="set parallel.expert=1"
+    ),
+    ("engine plain", "several processes"): Refusal(
+        reason="the plain engine is one process",
+        allowed="world size 1, or the zero engine",
+        change="set parallel.engine=zero, or start one process",
+    ),
+    ("engine plain", "precision fp16"): Refusal(
+        reason="the plain engine has no loss scaling",
+        allowed="fp32, bf16",
+        change="set precision=bf16, or parallel.engine=zero",
+    ),
+    ("engine plain", "a DeepSpeed file"): Refusal(
+        reason="the plain engine does not read DeepSpeed settings",
+        allowed="null",
+        change="set parallel.engine=zero, or parallel.deepspeed_config=null",
+    ),
+    ("engine plain", "ZeRO stage 0"): _NO_SHARDING,
+    ("engine plain", "ZeRO stage 2"): _NO_SHARDING,
+    ("engine plain", "ZeRO stage 3"): _NO_SHARDING,
+    ("precision fp16", "ZeRO stage 0"): Refusal(
+        reason="DeepSpeed's fp16 optimizer without ZeRO does not say which weights it holds, so nothing could be saved",
+        allowed="stages 1, 2, 3",
+        change="set parallel.zero_stage=1",
+    ),
+}
+
+
+def choose_engine(config: RunConfig, world_size: int, environment_engine: str | None = None) -> str:
+    """The engine that `parallel.engine: auto` means, or the one that is named.
+
+    `environment_engine` is what the launcher's own variables ask for (distributed.py reads them): it decides `auto`.
+    One process is `plain` unless something was asked for that only DeepSpeed does.
+    """
+    parallel = config.parallel
+    if parallel.engine != "auto":
+        return parallel.engine
+    if environment_engine is not None:
+        return environment_engine
+    wants_deepspeed = parallel.deepspeed_config is not None or parallel.zero_stage != 1 or config.precision == "fp16"
+    return "zero" if world_size > 1 or wants_deepspeed else "plain"
+
+
+def find_conflicts(config: RunConfig, world_size: int, environment_engine: str | None = None) -> list[Problem]:
+    """Every pair of settings of this run that the table refuses."""
+    engine = choose_engine(config, world_size, environment_engine)
+    run = Choice(config=config, engine=engine, world_size=world_size)
+    used = {feature for feature, is_used in USES.items() if is_used(run)}
+    problems = [
+        Problem(f"{describe_pair(pair)}: {refusal.reason}", refusal.allowed, refusal.change)
+        for pair, refusal in REFUSED.items()
+        if used.issuperset(pair)
+    ]
+    if environment_engine is not None and engine != environment_engine:
+        problems.append(
+            Problem(
+                f"parallel.engine is {engine}, the launcher asks for {environment_engine}",
+                "one engine",
+                f"set parallel.engine={environment_engine} or auto, or start without the launcher's own engine choice",
+            )
+        )
+    return problems
+
+
+def describe_pair(pair: tuple[Feature, Feature]) -> str:
+    """`a with b`, or just `a` where the feature itself is refused."""
+    return pair[0] if pair[0] == pair[1] else f"{pair[0]} with {pair[1]}"
+
+
+def refusal_of(first: Feature, second: Feature) -> Refusal | None:
+    """What the table says of two features, in either order; None where they work together."""
+    return REFUSED.get((first, second)) or REFUSED.get((second, first))
+
+
+def table_rows() -> Iterator[tuple[Feature, Feature, Refusal | None]]:
+    """Every pair once, for the documentation and the tests."""
+    features = list(USES)
+    for place, first in enumerate(features):
+        for second in features[place:]:
+            yield first, second, refusal_of(first, second)

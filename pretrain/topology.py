@@ -1,0 +1,103 @@
+"""World size -> the (pipeline, data, sequence, tensor) coordinate of every rank; pure integers.
+
+Tensor ranks are neighbours, because they speak most; then sequence, then data, and pipeline stages are farthest apart.
+Knows nothing of process groups, which the engines make from these lists, nor of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pretrain.errors import ConfigError, Problem
+
+Axis = Literal["pipeline", "data", "sequence", "tensor"]
+AXES: tuple[Axis, ...] = ("pipeline", "data", "sequence", "tensor")  # slowest first: the last varies with every rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinate:
+    """A rank's place along each axis."""
+
+    pipeline: int
+    data: int
+    sequence: int
+    tensor: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The grid of ranks; build it with `build_topology`, which refuses sizes that do not divide."""
+
+    pipeline: int
+    data: int
+    sequence: int
+    tensor: int
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole grid."""
+        return self.pipeline * self.data * self.sequence * self.tensor
+
+    def size(self, axis: Axis) -> int:
+        """Ranks along one axis."""
+        return int(getattr(self, axis))
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Where a rank stands."""
+        assert 0 <= rank < self.world_size
+        rest, places = rank, {}
+        for axis in reversed(AXES):
+            rest, places[axis] = divmod(rest, self.size(axis))
+        return Coordinate(**places)
+
+    def rank(self, coordinate: Coordinate) -> int:
+        """The rank at a place: the inverse of `coordinate`."""
+        rank = 0
+        for axis in AXES:
+            rank = rank * self.size(axis) + getattr(coordinate, axis)
+        return rank
+
+    def groups(self, axis: Axis) -> Iterator[tuple[int, ...]]:
+        """Every set of ranks that differ along this axis only, each by ascending place."""
+        stride = 1
+        for later in AXES[AXES.index(axis) + 1 :]:
+            stride *= self.size(later)
+        length = self.size(axis)
+        for block in range(0, self.world_size, stride * length):
+            for offset in range(stride):
+                yield tuple(range(block + offset, block + offset + stride * length, stride))
+
+    def grid(self) -> str:
+        """A picture: one line a pipeline stage and data rank, ranks of one tensor group side by side."""
+        width = len(str(self.world_size - 1))
+        lines = []
+        for first in range(0, self.world_size, self.sequence * self.tensor):
+            place = self.coordinate(first)
+            ranks = range(first, first + self.sequence * self.tensor)
+            cells = [
+                " ".join(f"{rank:>{width}}" for rank in ranks[start : start + self.tensor])
+                for start in range(0, len(ranks), self.tensor)
+            ]
+            lines.append(f"pipeline {place.pipeline}  data {place.data:>{width}} | " + " | ".join(cells))
+        return "\n".join(lines)
+
+
+def build_topology(world_size: int, *, tensor: int = 1, pipeline: int = 1, sequence: int = 1) -> Topology:
+    """Lay out `world_size` ranks; what the given sizes leave over is data parallel.
+
+    Raises:
+        ConfigError: the sizes do not divide the world.
+    """
+    fixed = tensor * pipeline * sequence
+    if world_size < 1 or world_size % fixed:
+        above = -(-max(world_size, 1) // fixed) * fixed
+        raise ConfigError(
+            Problem(
+                f"{world_size} ranks cannot be shared by tensor {tensor} x pipeline {pipeline} x sequence {sequence}",
+                f"a multiple of {fixed} ranks",
+                f"start {above} ranks, or lower parallel.tensor, parallel.pipeline or parallel.sequence",
+            )
+        )
+    return Topology(pipeline=pipeline, data=world_size // fixed, sequence=sequence, tensor=tensor)
