@@ -174,3 +174,15 @@ def broadcast_json(value: Any) -> Any:
         buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     dist.broadcast(buffer, src=0)
     return json.loads(bytes(buffer.cpu().tolist()))
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's JSON value, by rank, on every rank. Collective; for small values."""
+    if not is_distributed():
+        return [value]
+    text = json.dumps(value).encode()
+    lengths = all_gather(torch.tensor(len(text))).tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    rows = all_gather(padded).numpy()
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]

@@ -1,0 +1,110 @@
+"""The folder of a run's checkpoints: names, pointers, listing, and what a crash may leave behind.
+
+Knows nothing of ranks or tensors. Only one process changes a folder: rank 0, through store.py.
+
+    step-00000200/            a published checkpoint
+    latest, best              pointers: text files that hold a folder's name
+    .staging-step-00000200/   a save that did not end
+    .replaced-step-00000200/  the checkpoint that a new one of the same step is taking the place of
+    .deleted-step-00000200/   a deletion that did not end
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from pretrain.checkpoint.durable import replace_durably, sync_folder
+from pretrain.checkpoint.manifest import read_manifest
+from pretrain.errors import CheckpointError
+
+LATEST = "latest"
+BEST = "best"
+_STAGING, _REPLACED, _DELETED = ".staging-", ".replaced-", ".deleted-"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step."""
+    return f"step-{step:08d}"
+
+
+def staging_path(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return folder / (_STAGING + checkpoint_name(step))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints, damaged ones included, the last written at the end.
+
+    Order is that of the saves, not of steps: after a fall back to an earlier step the run's newest state may have a
+    smaller step than a damaged one. A checkpoint whose manifest cannot be read comes first.
+    """
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    # a crash between the two renames of `publish` leaves only the older checkpoint of the step, under this name
+    found += [
+        path
+        for path in folder.iterdir()
+        if path.name.startswith(_REPLACED) and not (folder / path.name.removeprefix(_REPLACED)).exists()
+    ]
+    return sorted(found, key=_age)
+
+
+def publish(staging: Path) -> Path:
+    """Give a finished staging folder its name, in one step where the step is new; then point `latest` at it."""
+    folder = staging.parent
+    sync_folder(staging)
+    target = folder / staging.name.removeprefix(_STAGING)
+    replaced = folder / (_REPLACED + target.name)
+    if target.exists():
+        target.rename(replaced)
+    staging.rename(target)
+    sync_folder(folder)
+    point(folder, LATEST, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def point(folder: Path, pointer: str, target: Path) -> None:
+    """Make `latest` or `best` name a checkpoint, atomically."""
+    replace_durably(folder / pointer, f"{target.name}\n".encode())
+
+
+def follow(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint that a pointer names; None where there is no pointer or no such checkpoint."""
+    try:
+        name = (folder / pointer).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    path = folder / name
+    return path if _NAME.fullmatch(name) and path.is_dir() else None
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint; a crash in the middle leaves no half checkpoint under its name."""
+    doomed = path.with_name(_DELETED + path.name.removeprefix(_REPLACED))
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Remove what crashed saves and deletions left; bring back a checkpoint whose replacement never came."""
+    for path in list(folder.iterdir()):
+        if path.name.startswith((_STAGING, _DELETED)):
+            shutil.rmtree(path)
+        elif path.name.startswith(_REPLACED):
+            target = folder / path.name.removeprefix(_REPLACED)
+            if target.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(target)
+
+
+def _age(path: Path) -> tuple[int, str]:
+    try:
+        return read_manifest(path).sequence, path.name
+    except CheckpointError:
+        return -1, path.name
