@@ -109,7 +109,7 @@ class ScheduleSection(Section):
     warmup_steps: int | None = Field(default=None, ge=0)  # at most one of warmup_steps, warmup_tokens
     warmup_tokens: int | None = Field(default=None, ge=0)
     decay_fraction: float = Field(default=0.2, ge=0, le=1)  # wsd: share of all steps spent decaying at the end
-    final_fraction: float = Field(default=0.1, ge=0, le=1)  # multiplier at the last step
+    final_fraction: float = Field(default=0.1, ge=0, le=1)  # linear, cosine, wsd: multiplier at the last step
 
     @model_validator(mode="after")
     def _one_unit(self) -> ScheduleSection:

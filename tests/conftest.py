@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.distributed.ranks import RankPool
+
+settings.register_profile("athanor", deadline=None)  # no timed assertions, those of examples included
+settings.load_profile("athanor")
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def test_weights_are_read_as_written() -> None:
     assert Mixture([10.0, 30.0]).quotas == (1, 3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=8))
 def test_odd_weights_are_kept_to_the_stated_resolution(weights: list[float]) -> None:
     quotas = np.array(Mixture(weights).quotas)
