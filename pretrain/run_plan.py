@@ -53,8 +53,7 @@ def plan_run(config: RunConfig, world_size: int, environment_engine: str | None 
     except ConfigError as error:
         problems += error.problems
     try:
-        architecture = resolve_architecture(config.model)
-        problems += _length_problems(config, architecture)
+        architecture = resolve_architecture(config.model, config.batch.sequence_length)
     except UnknownFamily as error:
         raise NotImplementedError from error
     except ConfigError as error:
@@ -118,20 +117,6 @@ def read_buffers(path: str | None) -> Buffers:
 
 def _number(value: object, default: int) -> int:
     return int(value) if isinstance(value, (int, float)) else default  # "auto" and absence leave the default
-
-
-def _length_problems(config: RunConfig, architecture: Architecture) -> list[Problem]:
-    length = config.batch.sequence_length
-    if length <= architecture.positions:
-        return []
-    name = "n_positions" if architecture.model_type == "gpt2" else "max_position_embeddings"
-    return [
-        Problem(
-            f"batch.sequence_length is {length} tokens, the model promises {architecture.positions} positions",
-            f"at most {architecture.positions}",
-            f"set model.{name}={length}, or shorten batch.sequence_length",
-        )
-    ]
 
 
 def _missing_folders(config: RunConfig) -> list[str]:

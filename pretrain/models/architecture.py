@@ -69,24 +69,24 @@ def model_type_and_fields(section: ModelSection) -> tuple[str, dict[str, Any]]:
         preset = PRESETS.get(section.preset)
         if preset is None:
             raise ConfigError(_unknown(f"model.preset {section.preset!r}", section.preset, list(PRESETS)))
-        family = FAMILIES[preset.model_type]
-        return preset.model_type, {**preset.fields, **_declared_names(family, section.fields)}
+        own = _declared_names(FAMILIES[preset.model_type], section.fields)
+        return preset.model_type, {**preset.fields, **own}
     if section.weights is not None:
         fields = _read_folder(Path(section.weights))
         model_type = str(fields.pop("model_type"))
-        family = FAMILIES.get(model_type, FAMILIES["llama"])
-        return model_type, {**fields, **_declared_names(family, section.fields)}
+        return model_type, {**fields, **_declared_names(FAMILIES.get(model_type), section.fields)}
     assert section.model_type is not None, "the model section names exactly one source"
     return section.model_type, section.fields
 
 
-def resolve_architecture(section: ModelSection) -> Architecture:
+def resolve_architecture(section: ModelSection, sequence_length: int) -> Architecture:
     """Turn the run's `model` section into shapes.
+
+    Positions that were left at the family's default grow to `sequence_length` (tokens), as they do in training.
 
     Raises:
         ConfigError: with every unknown field and every impossible shape.
-        KeyError: never; a `model_type` outside `FAMILIES` raises `UnknownFamily`.
-        UnknownFamily: the model type is not in the table; only the built model can say its shapes.
+        UnknownFamily: the model type is not in `FAMILIES`; only the built model can say its shapes.
     """
     model_type, given = model_type_and_fields(section)
     family = FAMILIES.get(model_type)
@@ -97,11 +97,17 @@ def resolve_architecture(section: ModelSection) -> Architecture:
         _unknown(f"unknown field model.{name} for {model_type}", name, sorted(family.known_fields))
         for name in declared_here - family.known_fields
     ]
-    fields = {**family.shape_defaults, **_declared_names(family, given)}
+    own = _declared_names(family, given)
+    fields = {**family.shape_defaults, **own}
     problems += _wrong_kinds(family, fields)
+    problems += _untrainable(family, fields)
     if not problems:
+        positions = family.aliases.get("max_position_embeddings", "max_position_embeddings")
+        if positions not in own:
+            fields[positions] = max(fields[positions], sequence_length)
         architecture = _from_fields(model_type, family, fields)
         problems += _impossible(architecture, fields)
+        problems += _too_short(architecture, sequence_length, positions)
     if problems:
         raise ConfigError(*problems)
     return architecture
@@ -174,8 +180,10 @@ def _sparse_layers(value: Mapping[str, Any]) -> int:
     return sum((layer + 1) % step == 0 and layer not in dense for layer in range(value["num_hidden_layers"]))
 
 
-def _declared_names(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {family.aliases.get(name, name): value for name, value in given.items()}
+def _declared_names(family: Family | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields under the family's own names, so that an override in the general spelling replaces the family's."""
+    aliases = family.aliases if family else {}
+    return {aliases.get(name, name): value for name, value in given.items()}
 
 
 def _wrong_kinds(family: Family, fields: Mapping[str, Any]) -> Iterator[Problem]:
@@ -197,6 +205,30 @@ def _wrong_kinds(family: Family, fields: Mapping[str, Any]) -> Iterator[Problem]
 
 _MAY_BE_NULL = frozenset({"sliding_window", "num_key_value_heads"})
 _LEAST: Mapping[str, int] = {"max_window_layers": 0, "num_experts": 0}
+
+
+def _untrainable(family: Family, fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """Settings that training does not honour yet, so that they are refused instead of ignored."""
+    coefficient = fields.get("router_aux_loss_coef", family.router_loss)
+    if coefficient:
+        yield Problem(
+            f"model.router_aux_loss_coef is {coefficient}, but the router's balancing loss is not in this version",
+            "0",
+            "set model.router_aux_loss_coef=0",
+        )
+    if fields.get("add_cross_attention"):
+        yield Problem(
+            "model.add_cross_attention is true", "false: a decoder alone", "set model.add_cross_attention=false"
+        )
+
+
+def _too_short(shape: Architecture, sequence_length: int, name: str) -> Iterator[Problem]:
+    if sequence_length > shape.positions:
+        yield Problem(
+            f"batch.sequence_length is {sequence_length} tokens, the model promises {shape.positions} positions",
+            f"at most {shape.positions}",
+            f"set model.{name}={sequence_length}, or shorten batch.sequence_length",
+        )
 
 
 def _impossible(shape: Architecture, fields: Mapping[str, Any]) -> Iterator[Problem]:

@@ -26,6 +26,7 @@ class Family:
     always_query_bias: bool = False  # q, k, v carry biases whatever attention_bias says
     always_biased: bool = False  # every linear of the block has a bias
     window_needs_switch: bool = False  # sliding_window counts only where use_sliding_window is true
+    router_loss: float | None = None  # default of router_aux_loss_coef
 
     @property
     def known_fields(self) -> frozenset[str]:
@@ -33,49 +34,23 @@ class Family:
         return frozenset(self.shape_defaults) | self.other_fields | frozenset(self.aliases) | GENERAL_FIELDS
 
 
-# Fields of transformers' PreTrainedConfig that some configuration files carry, and older spellings that it still reads.
+# Fields that every transformers configuration has, and older spellings that it still reads.
 GENERAL_FIELDS = frozenset(
     {
-        "architectures",
-        "transformers_version",
-        "output_hidden_states",
-        "return_dict",
-        "dtype",
-        "torch_dtype",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "num_labels",
-        "name_or_path",
-        "_name_or_path",
-        "output_attentions",
-        "attn_implementation",
-        "experts_implementation",
-        "rope_theta",
-        "rope_scaling",
-        "partial_rotary_factor",
-        "task_specific_params",
-        "auto_map",
-        "per_layer_config",
-        "tie_last_hidden_states",
+        *("architectures", "transformers_version", "output_hidden_states", "return_dict", "dtype"),
+        *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "num_labels"),
+        *("rope_theta", "rope_scaling", "partial_rotary_factor"),
     }
 )
 
 _COMMON = frozenset(
     {
-        "hidden_act",
-        "initializer_range",
-        "rms_norm_eps",
-        "use_cache",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "rope_parameters",
-        "attention_dropout",
+        *("hidden_act", "initializer_range", "rms_norm_eps", "use_cache", "rope_parameters", "attention_dropout"),
+        *("pad_token_id", "bos_token_id", "eos_token_id"),
     }
 )
+
+_ROUTER = frozenset({"output_router_logits", "router_aux_loss_coef"})
 
 _WINDOW_SWITCH: Mapping[str, Any] = {"use_sliding_window": False, "sliding_window": 4096}
 
@@ -181,8 +156,9 @@ FAMILIES: Mapping[str, Family] = {
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
-        other_fields=_COMMON | {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"},
+        other_fields=_COMMON | _ROUTER | {"router_jitter_noise"},
         aliases={"num_experts": "num_local_experts"},
+        router_loss=0.001,
     ),
     "qwen3_moe": Family(
         shape_defaults={
@@ -203,8 +179,8 @@ FAMILIES: Mapping[str, Family] = {
             "mlp_only_layers": None,
             **_WINDOW_SWITCH,
         },
-        other_fields=_COMMON | {"norm_topk_prob", "output_router_logits", "router_aux_loss_coef"},
-        aliases={"num_local_experts": "num_experts"},
+        other_fields=_COMMON | _ROUTER | {"norm_topk_prob"},
+        router_loss=0.001,
         query_key_norm="per_head",
         window_needs_switch=True,
     ),
@@ -220,25 +196,12 @@ FAMILIES: Mapping[str, Family] = {
         },
         other_fields=frozenset(
             {
-                "activation_function",
-                "resid_pdrop",
-                "embd_pdrop",
-                "attn_pdrop",
-                "layer_norm_epsilon",
-                "initializer_range",
-                "summary_type",
-                "summary_use_proj",
-                "summary_activation",
-                "summary_proj_to_labels",
-                "summary_first_dropout",
-                "scale_attn_weights",
-                "use_cache",
-                "bos_token_id",
-                "eos_token_id",
-                "pad_token_id",
-                "scale_attn_by_inverse_layer_idx",
-                "reorder_and_upcast_attn",
-                "add_cross_attention",
+                *("activation_function", "layer_norm_epsilon", "initializer_range", "use_cache"),
+                *("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+                *("bos_token_id", "eos_token_id", "pad_token_id"),
+                *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
+                *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+                *("summary_first_dropout", "add_cross_attention"),
             }
         ),
         aliases={
