@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_URI = "sqlite:///mlflow.db"  # in the current folder; mlflow refuses plain folders
+DEFAULT_DATABASE = "mlflow.db"  # sqlite, in the current folder; mlflow refuses plain folders
 RUN_KEY_TAG = "athanor.run_key"
 # MLflow's own limits: a batch over them is refused as a whole
 PARAMS_IN_A_BATCH = 100
@@ -35,7 +36,7 @@ class MlflowDestination:
     """Logs metrics in batches, the resolved configuration once, and the machine's own metrics all along.
 
     Args:
-        uri: null: what MLflow was told (MLFLOW_TRACKING_URI), else DEFAULT_URI.
+        uri: null: what MLflow was told (MLFLOW_TRACKING_URI), else DEFAULT_DATABASE.
         experiment: created where it does not exist.
         run_name: as shown.
         parameters: flat, see `flatten`.
@@ -57,6 +58,7 @@ class MlflowDestination:
         run_id: str | None,
     ) -> None:
         self._uri = uri
+        self._default_uri = f"sqlite:///{Path(DEFAULT_DATABASE).absolute()}"
         self._experiment = experiment
         self._run_name = run_name
         self._parameters = parameters
@@ -73,7 +75,7 @@ class MlflowDestination:
 
         for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):  # dozens of lines of no use
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        uri = self._uri or (mlflow.get_tracking_uri() if is_tracking_uri_set() else DEFAULT_URI)
+        uri = self._uri or (mlflow.get_tracking_uri() if is_tracking_uri_set() else self._default_uri)
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         run = self._find_run(self._client) or self._create_run(self._client)
         self.run_id = run.info.run_id

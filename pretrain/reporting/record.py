@@ -34,7 +34,7 @@ class Destination(Protocol):
         """Import what is needed and connect. Called before the first `write`, and again after a failure."""
 
     def write(self, records: Sequence[Record]) -> None:
-        """Send records, oldest first; after an exception the same ones come again, so sending twice must be harmless."""
+        """Send records, oldest first. After an exception the same ones come again: sending twice must do no harm."""
 
     def close(self, outcome: Outcome) -> None:
         """Send what is buffered and end the run there; only called after a successful `open`."""

@@ -98,7 +98,7 @@ class Worker:
             try:
                 self._deliver(batch)
             except Exception as error:  # whatever a client library raises must not reach training
-                self._tell_outage(f"{type(error).__name__}: {_one_line(error)}")
+                self._tell_outage(_reason(error))
                 refusals += self._open and not was_open
                 self._open = False
                 if refusals >= 2:  # the server is there and refuses these very records
@@ -157,7 +157,7 @@ class Worker:
         try:
             self.destination.close(self._outcome or "finished")
         except Exception as error:
-            self._tell_outage(f"{type(error).__name__}: {_one_line(error)}")
+            self._tell_outage(_reason(error))
 
     def _tell_outage(self, reason: str) -> None:
         if not self._is_out:
@@ -181,7 +181,9 @@ class Worker:
             logger.warning("%s works again; %d lines were dropped so far", self.destination.name, self._dropped)
 
 
-def _one_line(error: Exception) -> str:
-    """The first line of an error's text, without passwords in addresses: client libraries add pages of advice."""
+def _reason(error: BaseException) -> str:
+    """What went wrong first, in one line without passwords: client libraries wrap it in pages of advice."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
     line = (str(error).strip().splitlines() or ["no text"])[0]
-    return re.sub(r"://[^/@\s]+@", "://***@", line)[:300]
+    return f"{type(error).__name__}: " + re.sub(r"://[^/@\s]+@", "://***@", line)[:300]
