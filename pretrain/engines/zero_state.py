@@ -122,21 +122,21 @@ class PartitionedState(ZeroState):
 
     def runs(self) -> Iterator[LocalRun]:
         """See ZeroState."""
-        self._optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._parameters.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # no element of it lies in this rank's partition
                 continue
-            address = mapping.lp_fragment_address
+            # DeepSpeed's own links to the moments exist only after its first step, so they are looked up here
+            [partition] = self._base_optimizer.param_groups[mapping.param_group_index]["params"]
+            state = self._base_optimizer.state[partition]
+            held = mapping.hp_fragment_address
+            tensors = {MASTER: partition.data, **{kind: state[kind] for kind in MOMENTS}}
             yield LocalRun(
                 name=name,
                 shape=tuple(parameter.shape),
-                start=address.start,
-                count=address.numel,
-                tensors={
-                    MASTER: mapping.get_hp_fragment().data,
-                    **{kind: mapping.get_hp_fragment(kind) for kind in MOMENTS},
-                },
+                start=mapping.lp_fragment_address.start,
+                count=held.numel,
+                tensors={kind: tensor.narrow(0, held.start, held.numel) for kind, tensor in tensors.items()},
             )
 
     def publish_masters(self) -> None:

@@ -1,0 +1,40 @@
+"""Chooses the engine class. Importing one engine never imports another's libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.engines.base import Engine
+from pretrain.models.build import ModelBuilder
+
+
+def build_engine(
+    config: RunConfig,
+    name: str,
+    builder: ModelBuilder,
+    device: torch.device,
+    *,
+    accumulation: int,
+    file_values: Mapping[str, Any],
+) -> Engine:
+    """Make the named engine with its starting weights. Collective.
+
+    Args:
+        config: of the run.
+        name: plain or zero, as `compatibility.choose_engine` says.
+        builder: of the model.
+        device: of this rank.
+        accumulation: most micro-batches of a step, once a batch ramp is over.
+        file_values: of the ds_configs file; empty where there is none.
+    """
+    if name == "plain":
+        from pretrain.engines.plain import PlainEngine
+
+        return PlainEngine(config, builder, device)
+    from pretrain.engines.zero import ZeroEngine
+
+    return ZeroEngine(config, builder, device, accumulation=accumulation, file_values=file_values)

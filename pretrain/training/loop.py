@@ -1,0 +1,138 @@
+"""The training loop: what happens at each step, in order, read from top to bottom.
+
+Owns the order of things, not their content: an engine runs the step, the reporter tells, the store saves.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.batch_plan import BatchPlan
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config import RunConfig
+from pretrain.engines.base import Engine, StepResult
+from pretrain.errors import Preempted
+from pretrain.models.batch import Batch
+from pretrain.reporting.reporter import Reporter
+from pretrain.training.guard import Guard
+from pretrain.training.metrics import StepMeter, perplexity
+from pretrain.training.progress import Progress
+from pretrain.training.stopping import StopRequest, should_stop_early
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingLoop:
+    """One run from some progress to its last step. Every rank runs the same loop; what is collective stays in step."""
+
+    config: RunConfig
+    plan: BatchPlan
+    engine: Engine
+    schedule: Callable[[int], float]  # step -> learning-rate multiplier
+    validation: Mapping[str, Callable[[], Iterator[Batch]]]  # name -> this rank's micro-batches of the set
+    reporter: Reporter
+    store: CheckpointStore
+    metadata: Callable[[Progress], dict[str, Any]]  # what a checkpoint's manifest holds besides
+    meter: StepMeter
+    guard: Guard
+    stop: StopRequest
+
+    def run(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
+        """Train until the last step, an early stop, or a request to stop.
+
+        Args:
+            progress: where the run stands.
+            steps: this rank's micro-batches of each step, from that place on.
+
+        Raises:
+            Preempted: after an orderly save, where the run was asked to stop before its last step.
+            DivergedError: where too many steps had no finite gradient.
+        """
+        last_saved = last_evaluated = progress.step
+        while progress.step < self.plan.total_steps:
+            progress = self._step(progress, steps)
+            if self._is_due(self.config.evaluation.every_steps, progress):
+                progress, last_evaluated = self._evaluate(progress), progress.step
+                if should_stop_early(progress, self.config.evaluation.early_stopping_patience):
+                    logger.info("stopping early: no better validation loss since step %s", progress.best_step)
+                    break
+            is_stopping = self.stop.is_agreed()
+            is_best = last_evaluated == progress.step == progress.best_step and self.config.checkpoint.keep_best > 0
+            if is_stopping or is_best or self._is_due(self.config.checkpoint.every_steps, progress):
+                progress, last_saved = self._save(progress, is_best=is_best), progress.step
+            if is_stopping and progress.step < self.plan.total_steps:
+                raise Preempted(f"asked to stop ({self.stop.reason or 'on another rank'}); saved step {progress.step}")
+        is_best = False
+        if last_evaluated < progress.step:
+            progress = self._evaluate(progress)
+            is_best = progress.best_step == progress.step
+        if last_saved < progress.step:
+            progress = self._save(progress, is_best=is_best)
+        return progress
+
+    def _step(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
+        began = time.perf_counter()
+        micro_batches = next(steps)
+        data_seconds = time.perf_counter() - began
+        multiplier = self.schedule(progress.step)
+        self.engine.set_learning_rate_multiplier(multiplier)
+        result = self.engine.train_step(micro_batches, progress.step)
+        rows = self.plan.global_batch_at(progress.samples_consumed)
+        tokens = rows * self.plan.sequence_length
+        first_row = progress.samples_consumed
+        progress = progress.after_step(rows=rows, tokens=tokens)
+        self.guard.observe(step=progress.step, first_row=first_row, end_row=first_row + rows, skipped=result.skipped)
+        self.meter.count_step(tokens=tokens, data_seconds=data_seconds)
+        is_last = progress.step == self.plan.total_steps
+        if is_last or self._is_due(self.config.reporting.every_steps, progress):
+            return self._report(progress, result, multiplier)
+        if self.guard.must_read:
+            return progress.after_skipped(self.guard.read_skipped())
+        return progress
+
+    def _report(self, progress: Progress, result: StepResult, multiplier: float) -> Progress:
+        skipped = self.guard.read_skipped()
+        values = self.meter.read(
+            result,
+            tokens_seen=progress.tokens_seen,
+            learning_rate=multiplier * self.config.optimizer.learning_rate,
+            skipped=skipped,
+        )
+        self.reporter.report(progress.step, values)
+        self.guard.is_spike(progress.step, float(values["loss"]))
+        return progress.after_skipped(skipped)
+
+    def _evaluate(self, progress: Progress) -> Progress:
+        """Every validation set; the first one's loss decides what is best."""
+        with self.meter.paused():
+            losses = []
+            for name, micro_batches in self.validation.items():
+                result = self.engine.evaluate(micro_batches())
+                loss = result.loss_sum / max(1, result.target_count)
+                losses.append(loss)
+                self.reporter.report(
+                    progress.step, {f"validation/{name}/loss": loss, f"validation/{name}/perplexity": perplexity(loss)}
+                )
+            return progress.after_evaluation(losses[0]) if losses else progress
+
+    def _save(self, progress: Progress, *, is_best: bool) -> Progress:
+        with self.meter.paused():
+            progress = progress.after_skipped(self.guard.read_skipped())
+            self.store.save(
+                progress.step,
+                self.engine.fragments(),
+                scalars=self.engine.scalar_state(),
+                progress=progress.to_json(),
+                metadata=self.metadata(progress),
+                is_best=is_best,
+            )
+            return progress
+
+    @staticmethod
+    def _is_due(every_steps: int | None, progress: Progress) -> bool:
+        return every_steps is not None and progress.step % every_steps == 0

@@ -1,0 +1,181 @@
+"""A tiny run whose steps any engine can take: configuration, packed rows, and what is compared of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pretrain import distributed
+from pretrain.checkpoint.fragments import KINDS
+from pretrain.config import RunConfig
+from pretrain.engines.base import Engine
+from pretrain.engines.build import build_engine
+from pretrain.models.batch import IGNORED_LABEL, Batch
+from pretrain.models.build import ModelBuilder
+
+VOCABULARY = 512
+SEQUENCE_LENGTH = 48
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train the same rows."""
+
+    engine: str
+    zero_stage: int = 1
+    precision: str = "fp32"
+    micro_batch_size: int = 4
+    model_type: str = "llama"
+    tied: bool = False
+    global_batch_size: int = 8
+    clip_norm: float = 0.5
+    z_loss: float = 1e-3
+    poisoned_step: int | None = None  # the step whose loss is made non-finite on rank 0
+
+    @property
+    def config(self) -> RunConfig:
+        family: dict[str, Any] = {"num_key_value_heads": 2, "intermediate_size": 128}
+        return RunConfig.model_validate(
+            {
+                "name": "case",
+                "seed": 3,
+                "model": {
+                    "model_type": self.model_type,
+                    "vocab_size": VOCABULARY,
+                    "hidden_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "tie_word_embeddings": self.tied,
+                    "max_position_embeddings": SEQUENCE_LENGTH,
+                    **(family if self.model_type != "gpt2" else {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}),
+                },
+                "data": {"train": "none"},
+                "batch": {
+                    "sequence_length": SEQUENCE_LENGTH,
+                    "micro_batch_size": self.micro_batch_size,
+                    "global_batch_size": self.global_batch_size,
+                },
+                "optimizer": {"learning_rate": 1e-3, "clip_norm": self.clip_norm},
+                "schedule": {"total_steps": STEPS},
+                "loss": {"z_loss": self.z_loss},
+                "precision": self.precision,
+                "parallel": {"engine": self.engine, "zero_stage": self.zero_stage},
+            }
+        )
+
+
+@dataclass
+class Outcome:
+    """What one rank saw."""
+
+    losses: list[float]
+    norms: list[float]
+    skipped: list[bool]
+    evaluation: tuple[float, int]
+    fragments: list[tuple[str, str, tuple[int, ...], int, np.ndarray]]
+    scalars: dict[str, Any]
+
+
+def start_engine(case: Case) -> Engine:
+    config = case.config
+    builder = ModelBuilder(
+        config.model,
+        seed=config.seed,
+        sequence_length=SEQUENCE_LENGTH,
+        execution=config.execution,
+        loss=config.loss,
+    )
+    accumulation = case.global_batch_size // case.micro_batch_size // distributed.world_size()
+    return build_engine(config, case.engine, builder, torch.device("cpu"), accumulation=accumulation, file_values={})
+
+
+def take_steps(engine: Engine, case: Case, first_step: int = 0, steps: int = STEPS) -> Outcome:
+    losses, norms, skipped = [], [], []
+    for step in range(first_step, first_step + steps):
+        if step == case.poisoned_step and distributed.rank() == 0:
+            poison_next_forward(engine)
+        engine.set_learning_rate_multiplier(1.0 - step / 20)
+        result = engine.train_step(step_batches(case, step), step)
+        losses.append(float(result.loss))
+        norms.append(float(result.gradient_norm))
+        skipped.append(bool(result.skipped))
+    evaluation = engine.evaluate(iter(step_batches(case, 1000)))
+    fragments = [(f.name, f.kind, f.shape, f.start, f.values.numpy().copy()) for f in engine.fragments()]
+    return Outcome(
+        losses, norms, skipped, (evaluation.loss_sum, evaluation.target_count), fragments, engine.scalar_state()
+    )
+
+
+def train_case(case: Case) -> Outcome:
+    engine = start_engine(case)
+    try:
+        return take_steps(engine, case)
+    finally:
+        engine.close()
+
+
+def poison_next_forward(engine: Engine) -> None:
+    """Make the loss of one forward, and so every gradient of its micro-batch, infinite."""
+
+    def multiply(module: torch.nn.Module, inputs: Any, sums: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        handle.remove()
+        return sums[0] * torch.inf, sums[1]
+
+    handle = engine._model.register_forward_hook(multiply)
+
+
+def step_batches(case: Case, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step; rows depend on the step and their number only."""
+    rank, ranks, micro = distributed.rank(), distributed.world_size(), case.micro_batch_size
+    batches = []
+    for index in range(case.global_batch_size // micro // ranks):
+        first = index * micro * ranks + rank * micro
+        rows = [packed_row(step * case.global_batch_size + first + place) for place in range(micro)]
+        batches.append(stack_rows(rows))
+    return batches
+
+
+def packed_row(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two documents."""
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(0, VOCABULARY, (SEQUENCE_LENGTH,), generator=generator)
+    cut = int(torch.randint(8, SEQUENCE_LENGTH - 8, (1,), generator=generator))
+    positions = torch.cat([torch.arange(cut), torch.arange(SEQUENCE_LENGTH - cut)])
+    labels = torch.cat([tokens[1:], torch.tensor([IGNORED_LABEL])])
+    labels[cut - 1] = IGNORED_LABEL
+    labels[: number % 5] = IGNORED_LABEL  # a different number of targets in every row
+    return tokens, labels, positions
+
+
+def stack_rows(rows: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Batch:
+    tokens, labels, positions = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    starts = torch.nonzero(positions.flatten() == 0).flatten()
+    borders = torch.cat([starts, torch.tensor([positions.numel()])])
+    return Batch(
+        input_ids=tokens,
+        labels=labels,
+        position_ids=positions,
+        cumulative_lengths=borders.int(),
+        longest_document=int(borders.diff().max()),
+        target_count=int((labels != IGNORED_LABEL).sum()),
+    )
+
+
+def assemble(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], np.ndarray]:
+    """Whole tensors from all ranks' fragments; every element must be there exactly once."""
+    whole: dict[tuple[str, str], np.ndarray] = {}
+    for outcome in outcomes:
+        for name, kind, shape, start, values in outcome.fragments:
+            target = whole.setdefault((name, kind), np.full(int(np.prod(shape)), np.nan, dtype=np.float32))
+            part = target[start : start + values.size]
+            assert np.isnan(part).all(), f"{name} {kind} is covered twice"
+            part[:] = values
+    for (name, kind), values in whole.items():
+        assert not np.isnan(values).any(), f"{name} {kind} is not covered"
+        assert kind in KINDS
+    return whole
