@@ -1,0 +1,138 @@
+"""Gives each rank its micro-batches: of every training step, and of a validation set.
+
+Which rows a step has is batch_plan.py's and training_rows.py's; what a batch holds is micro_batch.py's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+
+import torch
+
+from pretrain.batch_plan import BatchPlan
+from pretrain.data.micro_batch import build_micro_batch, empty_row
+from pretrain.data.open_datasets import OpenedSource
+from pretrain.data.training_rows import TrainingRows
+from pretrain.models.batch import Batch
+
+
+class TrainingLoader:
+    """Endless iterator over steps: each item is the list of this rank's micro-batches, read ahead by threads.
+
+    Its whole state is `samples_consumed`: a loader built with that number goes on exactly there, on any layout.
+    Close it, or use it as a context manager, so that its threads end.
+    """
+
+    def __init__(
+        self,
+        rows: TrainingRows,
+        plan: BatchPlan,
+        *,
+        rank: int,
+        samples_consumed: int = 0,
+        workers: int = 2,
+        prefetch_micro_batches: int = 16,
+    ) -> None:
+        """Start before the step that begins at `samples_consumed`.
+
+        Args:
+            rows: the training data.
+            plan: how rows are shared out.
+            rank: data-parallel rank.
+            samples_consumed: rows of all steps before, over all ranks.
+            workers: reading threads; 0 reads when asked.
+            prefetch_micro_batches: how many are read ahead at most.
+        """
+        self.samples_consumed = samples_consumed
+        self._rows = rows
+        self._plan = plan
+        self._prefetch = prefetch_micro_batches
+        self._pins = torch.cuda.is_available()  # copies to the device overlap only from pinned memory
+        self._upcoming = _micro_batches_from(plan, rank, samples_consumed)
+        self._readers = ThreadPoolExecutor(workers, thread_name_prefix="row-reader") if workers else None
+        self._pending: deque[Future[Batch]] = deque()
+
+    def __iter__(self) -> TrainingLoader:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """Return the micro-batches of the next step.
+
+        Raises:
+            DataError: a row of this step cannot be read.
+        """
+        step = [self._next_micro_batch() for _ in range(self._plan.accumulation_at(self.samples_consumed))]
+        self.samples_consumed += self._plan.global_batch_at(self.samples_consumed)
+        return step
+
+    def close(self) -> None:
+        """End the reading threads; what they read ahead is dropped."""
+        if self._readers is not None:
+            self._readers.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> TrainingLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _next_micro_batch(self) -> Batch:
+        if self._readers is None:
+            return self._build(next(self._upcoming))
+        while len(self._pending) < self._prefetch:
+            self._pending.append(self._readers.submit(self._build, next(self._upcoming)))
+        return self._pending.popleft().result()
+
+    def _build(self, samples: range) -> Batch:
+        batch = build_micro_batch(self._rows.read(samples), self._rows.sequence_length)
+        return _pinned(batch) if self._pins else batch
+
+
+def evaluation_batches(
+    source: OpenedSource,
+    *,
+    micro_batch_size: int,
+    rank: int,
+    data_parallel_size: int,
+    max_rows: int | None = None,
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches of a validation set, as many as on every other rank.
+
+    The first `max_rows` rows (default: all) are read in order, each on exactly one rank; rows without targets fill up
+    the last round.
+
+    Raises:
+        DataError: a row cannot be read.
+    """
+    row_count = source.rows if max_rows is None else min(source.rows, max_rows)
+    rows_per_round = micro_batch_size * data_parallel_size
+    for round_start in range(0, row_count, rows_per_round):
+        first = round_start + rank * micro_batch_size
+        indices = range(first, first + micro_batch_size)
+        rows = [source.row(index) if index < row_count else empty_row(source.sequence_length) for index in indices]
+        yield build_micro_batch(rows, source.sequence_length)
+
+
+def _micro_batches_from(plan: BatchPlan, rank: int, samples_consumed: int) -> Iterator[range]:
+    """Sample indices of this rank's micro-batches, step after step, without end."""
+    while True:
+        for micro_batch in range(plan.accumulation_at(samples_consumed)):
+            yield plan.rank_samples(samples_consumed, rank, micro_batch)
+        samples_consumed += plan.global_batch_at(samples_consumed)
+
+
+def _pinned(batch: Batch) -> Batch:
+    return replace(
+        batch,
+        input_ids=batch.input_ids.pin_memory(),
+        labels=batch.labels.pin_memory(),
+        position_ids=batch.position_ids.pin_memory(),
+        cumulative_lengths=batch.cumulative_lengths.pin_memory(),
+    )

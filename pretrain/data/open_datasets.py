@@ -1,0 +1,179 @@
+"""Opens the datasets of a run and checks, before the first step, that they fit each other and the model.
+
+Does not decide which rows are read when (training_rows.py), nor read any token itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.token_shards import Row, ShardError, TokenDataset, find_split, open_dataset, verify_dataset
+from pretrain.config import DataSection
+from pretrain.errors import DataError, Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedSource:
+    """A dataset that was checked."""
+
+    name: str
+    weight: float  # relative to the other training sources; 1 for a validation set
+    dataset: TokenDataset
+    sequence_length: int  # tokens a row
+    rows: int
+
+    def row(self, index: int) -> Row:
+        """Read one row; safe to call from several threads.
+
+        Raises:
+            DataError: a shard was damaged or taken away since it was checked.
+        """
+        try:
+            return self.dataset.row(index, self.sequence_length)
+        except (ShardError, OSError) as error:
+            found = error.found if isinstance(error, ShardError) else str(error)
+            change = "restore the files, then resume: the row is read again"
+            raise DataError(Problem(f"{self.name}, row {index}: {found}", "shards that stay whole", change)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedData:
+    """All datasets of a run, of one tokenizer."""
+
+    training: tuple[OpenedSource, ...]
+    validation: Mapping[str, OpenedSource]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    place: str  # the key of the configuration, for messages
+    name: str
+    path: str
+    split: str
+    weight: float
+
+
+def open_datasets(
+    data: DataSection, *, sequence_length: int, vocabulary_size: int, check_hashes: bool | None = None
+) -> OpenedData:
+    """Open the training sources and validation sets.
+
+    Args:
+        data: what to open.
+        sequence_length: tokens of a row.
+        vocabulary_size: of the model; it may be larger than the datasets'.
+        check_hashes: read every byte and compare; default: as `data.verify` says. One rank of a node is enough.
+
+    Raises:
+        DataError: with every problem of every dataset.
+    """
+    if check_hashes is None:
+        check_hashes = data.verify == "hashes"
+    wanted = [*_training_sources(data), *_validation_sets(data)]
+    problems = list(_name_problems(wanted))
+    opened: dict[str, OpenedSource] = {}
+    for source in wanted:
+        try:
+            opened[source.place] = _open(source, sequence_length, check_hashes=check_hashes)
+        except DataError as error:
+            problems += error.problems
+    problems += _vocabulary_problems(opened, vocabulary_size)
+    problems += _tokenizer_problems(opened, data.tokenizer)
+    if problems:
+        raise DataError(*problems)
+    return OpenedData(
+        training=tuple(opened[source.place] for source in wanted if source.split == "train"),
+        validation={source.name: opened[source.place] for source in wanted if source.split == "validation"},
+    )
+
+
+def _training_sources(data: DataSection) -> Iterator[_Wanted]:
+    for index, source in enumerate(data.sources):
+        place = "data.train" if isinstance(data.train, str) else f"data.train[{index}]"
+        name = source.name or Path(source.path).name
+        yield _Wanted(place=place, name=name, path=source.path, split="train", weight=source.weight)
+
+
+def _validation_sets(data: DataSection) -> Iterator[_Wanted]:
+    for name, path in data.validation.items():
+        yield _Wanted(place=f"data.validation.{name}", name=name, path=path, split="validation", weight=1.0)
+
+
+def _name_problems(wanted: list[_Wanted]) -> Iterator[Problem]:
+    for name, count in Counter(source.name for source in wanted if source.split == "train").items():
+        if count > 1:
+            change = "give each of them a name: data.train: [{path: ..., name: ...}]"
+            yield Problem(f"{count} training sources are called {name!r}", "a name for each, for the reports", change)
+
+
+def _open(source: _Wanted, sequence_length: int, *, check_hashes: bool) -> OpenedSource:
+    try:
+        folder = find_split(source.path, source.split)
+        dataset = open_dataset(folder)
+        rows = dataset.row_count(sequence_length)
+        faults = verify_dataset(folder) if check_hashes else []
+    except ShardError as error:
+        raise DataError(Problem(f"{source.place}: {error.found}", error.allowed, error.change)) from error
+    except OSError as error:
+        found = f"{source.place}: {source.path} cannot be read ({error})"
+        raise DataError(Problem(found, "a readable dataset folder", "check the path and its permissions")) from error
+    problems = [
+        Problem(f"{source.place}: {fault}", "what the manifest records", "restore the file, or make the dataset again")
+        for fault in faults
+    ]
+    if rows == 0:
+        found = f"{source.place}: {folder} holds no tokens"
+        problems.append(Problem(found, "at least one document", "prepare it from texts, or with a larger split"))
+    if problems:
+        raise DataError(*problems)
+    return OpenedSource(
+        name=source.name, weight=source.weight, dataset=dataset, sequence_length=sequence_length, rows=rows
+    )
+
+
+def _vocabulary_problems(opened: Mapping[str, OpenedSource], vocabulary_size: int) -> Iterator[Problem]:
+    for place, source in opened.items():
+        needed = source.dataset.manifest.vocabulary_size
+        if needed > vocabulary_size:
+            found = f"{place} has a vocabulary of {needed} ids, the model one of {vocabulary_size}"
+            yield Problem(found, f"a model with at least {needed}", f"set model.vocab_size={needed}")
+
+
+def _tokenizer_problems(opened: Mapping[str, OpenedSource], tokenizer: str | None) -> Iterator[Problem]:
+    manifests = {place: source.dataset.manifest for place, source in opened.items()}
+    if not manifests:
+        return
+    first_place, first = next(iter(manifests.items()))
+    for place, manifest in manifests.items():
+        theirs, ours = (manifest.tokenizer.sha256, manifest.eos_id), (first.tokenizer.sha256, first.eos_id)
+        if theirs != ours:
+            found = (
+                f"{place} was made with tokenizer {manifest.tokenizer.name} ({theirs[0][:12]}, EOS {theirs[1]}), "
+                f"{first_place} with {first.tokenizer.name} ({ours[0][:12]}, EOS {ours[1]})"
+            )
+            yield Problem(
+                found, "one tokenizer and one EOS id for all datasets", f"prepare {place} again with the other"
+            )
+    if tokenizer is not None:
+        yield from _given_tokenizer_problems(Path(tokenizer), first_place, first.tokenizer.sha256)
+
+
+def _given_tokenizer_problems(path: Path, place: str, wanted: str) -> Iterator[Problem]:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        yield Problem(
+            f"data.tokenizer: {file} cannot be read ({error})", "a folder with tokenizer.json", "check the path"
+        )
+        return
+    if found != wanted:
+        yield Problem(
+            f"data.tokenizer: {file} has sha256 {found[:12]}, {place} was made with {wanted[:12]}",
+            "the tokenizer that made the datasets",
+            "give that one, or leave data.tokenizer out",
+        )

@@ -1,0 +1,66 @@
+"""The training rows as one endless sequence: sample index -> source, row of that source, its tokens.
+
+Joins mixture.py and sample_order.py to opened datasets. Knows no ranks, steps or batches (loader.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_tools.token_shards import Row
+from pretrain.data.mixture import Mixture
+from pretrain.data.open_datasets import OpenedSource
+from pretrain.data.sample_order import SampleOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Location:
+    """Where a sample comes from."""
+
+    source: int  # place in the list of training sources
+    row: int  # of that source
+    epoch: int  # how often that source was read through before
+
+
+class TrainingRows:
+    """The rows of all training sources in the order of training: a pure function of sources, weights and seed.
+
+    A source's order depends on its place in the list, not on its name or path, so that data may be moved.
+    """
+
+    def __init__(self, sources: Sequence[OpenedSource], *, seed: int) -> None:
+        self.sources = tuple(sources)
+        self.sequence_length = self.sources[0].sequence_length  # tokens
+        self._mixture = Mixture([source.weight for source in sources])
+        self._orders = [
+            SampleOrder(rows=source.rows, seed=seed, stream=place) for place, source in enumerate(self.sources)
+        ]
+
+    def locate(self, samples: range) -> list[Location]:
+        """Find the samples of these indices (counted from the start of training)."""
+        sources, indices = self._mixture.locate(np.arange(samples.start, samples.stop, dtype=np.int64))
+        rows = np.empty_like(indices)
+        for source, order in enumerate(self._orders):
+            members = sources == source
+            if members.any():
+                rows[members] = order.rows_at(indices[members])
+        return [
+            Location(source=source, row=row, epoch=index // self.sources[source].rows)
+            for source, row, index in zip(sources.tolist(), rows.tolist(), indices.tolist(), strict=True)
+        ]
+
+    def read(self, samples: range) -> list[Row]:
+        """Read the samples of these indices; safe to call from several threads.
+
+        Raises:
+            DataError: a row cannot be read.
+        """
+        return [self.sources[location.source].row(location.row) for location in self.locate(samples)]
+
+    def consumed(self, samples_consumed: int) -> dict[str, int]:
+        """The ledger: rows that each source, by name, has given once so many samples were read in all."""
+        counts = self._mixture.consumed(samples_consumed)
+        return {source.name: count for source, count in zip(self.sources, counts, strict=True)}
