@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,8 @@ class Manifest:
     eos_policy: str = EOS_POLICY
     packing: Packing | None = None
     shards: tuple[ShardRecord, ...] = ()
-    dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> count of lines or documents
+    dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> records of the whole corpus, all splits
+    dropped_examples: Sequence[str] = ()  # file, line and reason of the first ones
     unigram_entropy_nats: float | None = None  # of the tokens of the training split, per token
     command: str = ""
     request: Mapping[str, Any] = field(default_factory=dict)  # what determines the bytes: an equal request is a rerun
@@ -104,6 +105,10 @@ class Manifest:
     def documents(self) -> int:
         """Documents that begin in the shards."""
         return sum(shard.documents for shard in self.shards)
+
+    def for_split(self, split: str) -> Manifest:
+        """Return the same manifest for another split."""
+        return replace(self, split=split)
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +97,7 @@ class ShardWriter:
         self,
         *,
         dropped: Mapping[str, int] | None = None,
+        dropped_examples: Sequence[str] = (),
         unigram_entropy_nats: float | None = None,
         padding_tokens: int = 0,
     ) -> Manifest:
@@ -107,6 +108,7 @@ class ShardWriter:
             self.draft,
             shards=tuple(self.shards),
             dropped=dict(dropped or {}),
+            dropped_examples=tuple(dropped_examples),
             unigram_entropy_nats=unigram_entropy_nats,
             packing=None if packing is None else replace(packing, padding_tokens=padding_tokens),
         )

@@ -1,0 +1,208 @@
+"""The command line of the data tools: one function a command, exit codes, and errors in three parts.
+
+The work is done by the modules, imported inside the commands: `--help` must not wait for numpy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_tools.choices import BadLinePolicy, PackMethod, TokenizerType
+from data_tools.errors import DataToolsError, ShardError, UsageError
+
+if TYPE_CHECKING:
+    from data_tools.manifest import Manifest
+
+STORAGE_EXIT_CODE = 74
+
+app = typer.Typer(
+    help="From corpora to packed, verified token shards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Inputs = Annotated[list[Path], typer.Argument(help="Files (.jsonl, .jsonl.gz, .txt) or folders of them.")]
+Output = Annotated[Path, typer.Option(help="Folder to make; it appears when it is complete.")]
+Dataset = Annotated[Path, typer.Argument(help="A dataset folder, or one split of it.")]
+TextKey = Annotated[str, typer.Option(help="Key of the text in a JSON line.")]
+BadLine = Annotated[BadLinePolicy, typer.Option(help="What to do with a record that holds no usable text.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads that encode; default: one a core.")]
+
+
+@app.command()
+def train_tokenizer(
+    inputs: Inputs,
+    output: Output,
+    kind: Annotated[TokenizerType, typer.Option("--type", help="Kind of tokenizer.")] = TokenizerType.BPE,
+    vocab_size: Annotated[int, typer.Option(help="Tokens at most, end of document included.")] = 32000,
+    text_key: TextKey = "text",
+    on_bad_line: BadLine = BadLinePolicy.FAIL,
+    workers: Workers = None,
+) -> None:
+    """Train a tokenizer and save a folder that AutoTokenizer loads."""
+    _use_threads(workers)
+    from data_tools.corpus import Corpus
+    from data_tools.readers import find_inputs
+    from data_tools.tokenizer_training import make_tokenizer
+
+    corpus = Corpus(files=find_inputs(inputs), text_key=text_key, on_bad_line=on_bad_line)
+    made, reused = make_tokenizer(corpus, kind, vocab_size, output)
+    _say_if_reused(output, reused)
+    for reason, count in corpus.dropped.items():
+        typer.echo(f"dropped {count:,} records: {reason}", err=True)
+    typer.echo(f"{output}: {kind.value}, {made.vocabulary_size:,} tokens, EOS {made.eos_token} is {made.eos_id}")
+
+
+@app.command()
+def prepare(
+    inputs: Inputs,
+    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json, or that file.")],
+    output: Output,
+    text_key: TextKey = "text",
+    id_key: Annotated[str, typer.Option(help="Key of the document's name in a JSON line.")] = "id",
+    split: Annotated[str, typer.Option(help="Shares of train, validation, test.")] = "0.98,0.01,0.01",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
+    workers: Workers = None,
+    on_bad_line: BadLine = BadLinePolicy.FAIL,
+    eos_token: Annotated[str | None, typer.Option(help="End of document; default: the tokenizer's own.")] = None,
+) -> None:
+    """Encode text into token shards, split into train, validation and test."""
+    _use_threads(workers)
+    from data_tools.prepare import PrepareOptions, parse_fractions
+    from data_tools.prepare import prepare as prepare_dataset
+
+    options = PrepareOptions(
+        text_key=text_key,
+        id_key=id_key,
+        fractions=parse_fractions(split),
+        seed=seed,
+        on_bad_line=on_bad_line,
+        eos_token=eos_token,
+    )
+    prepared = prepare_dataset(inputs, tokenizer, output, options)
+    _say_if_reused(output, prepared.reused)
+    _say_what_was_made(prepared.manifests)
+
+
+@app.command()
+def pack(
+    dataset: Dataset,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens a row.")],
+    output: Output,
+    method: Annotated[PackMethod, typer.Option(help="How documents are laid into rows.")] = PackMethod.CONCAT,
+) -> None:
+    """Lay documents into rows of one length, with their boundaries beside them."""
+    from data_tools.pack import pack as pack_dataset
+
+    packed = pack_dataset(dataset, output, sequence_length=sequence_length, method=method)
+    _say_if_reused(output, packed.reused)
+    _say_what_was_made(packed.manifests)
+
+
+@app.command("inspect")
+def inspect_dataset(
+    dataset: Dataset,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of each split to decode.")] = 1,
+    row: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row, if not packed.")] = None,
+) -> None:
+    """Show the manifest, rows as text with their boundaries, and the lengths of documents."""
+    from data_tools.inspect import describe
+
+    typer.echo(describe(dataset, rows=rows, first_row=row, sequence_length=sequence_length))
+
+
+@app.command()
+def stats(
+    dataset: Dataset,
+    top: Annotated[int, typer.Option(min=0, help="Most frequent tokens to list.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count documents, tokens, lengths and frequencies, split by split."""
+    from data_tools.inspect import describe_statistics, statistics
+
+    numbers = statistics(dataset, top=top)
+    typer.echo(json.dumps(numbers, ensure_ascii=False, indent=1) if as_json else describe_statistics(numbers))
+
+
+@app.command()
+def verify(
+    dataset: Dataset,
+    hashes: Annotated[bool, typer.Option(help="Read and hash every file, or only look at sizes.")] = True,
+) -> None:
+    """Check every shard against its manifest; exit code 65 and the names of the faulty ones if there are any."""
+    from data_tools.shard_verify import verify_dataset
+
+    faults = verify_dataset(dataset, hashes=hashes)
+    if faults:
+        raise ShardError(
+            "\n".join(str(fault) for fault in faults),
+            "files that are what the manifest says",
+            "restore these files from a copy, or make the dataset again",
+        )
+    typer.echo(f"{dataset}: whole")
+
+
+def main() -> int:
+    """Run the command line and return the exit code."""
+    try:
+        return app(standalone_mode=False) or 0
+    except DataToolsError as error:
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except OSError as error:
+        typer.echo(f"error: {_storage_message(error)}", err=True)
+        return STORAGE_EXIT_CODE
+    except typer.Abort:
+        typer.echo("stopped: nothing was published", err=True)
+        return 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the command line parser's own complaints have it
+            raise
+        typer.echo(f"error: {error.format_message()}\n    (see data-tools --help)", err=True)
+        return UsageError.exit_code
+
+
+def _use_threads(workers: int | None) -> None:
+    """Set how many threads encode; it must be known before the tokenizers library starts them."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
+    if workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)
+
+
+def _say_if_reused(output: Path, reused: bool) -> None:
+    if reused:
+        typer.echo(f"{output} is complete and was made from this very request: nothing to do")
+
+
+def _say_what_was_made(manifests: Mapping[str, Manifest]) -> None:
+    for name, manifest in manifests.items():
+        rows = ""
+        if manifest.packing is not None:
+            rows = f", {manifest.tokens // manifest.packing.sequence_length:,} rows"
+        typer.echo(f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens{rows}")
+    first = next(iter(manifests.values()))
+    for reason, count in first.dropped.items():
+        typer.echo(f"dropped {count:,} records: {reason}")
+    if first.unigram_entropy_nats is not None:
+        typer.echo(f"unigram entropy of the training split: {first.unigram_entropy_nats:.4f} nats per token")
+
+
+def _storage_message(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return (
+        f"{error.strerror or error}{where}\n    allowed: files and folders that can be read and written, with room\n"
+        "    change:  free space, mend the permissions, or choose another --output; earlier outputs are whole"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""The choices that command lines and functions share; importing them must cost nothing."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class TokenizerType(str, Enum):
+    """The kinds of tokenizer that can be trained."""
+
+    BPE = "bpe"  # byte-level byte pair encoding, as GPT-2's
+    SENTENCEPIECE = "sentencepiece"  # unigram pieces with byte fallback, as sentencepiece's
+
+
+class BadLinePolicy(str, Enum):
+    """What to do with a record that holds no usable text."""
+
+    FAIL = "fail"
+    SKIP = "skip"  # count it
+    QUARANTINE = "quarantine"  # count it and keep it in quarantine.jsonl
+
+
+class PackMethod(str, Enum):
+    """How documents are laid into rows."""
+
+    CONCAT = "concat"  # rows are consecutive pieces of the stream; a document may go on in the next row
