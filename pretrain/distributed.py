@@ -39,6 +39,11 @@ class Place:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def environment() -> Mapping[str, str]:
+    """This process's variables, for the few parts that read a launcher's wishes from them."""
+    return os.environ
+
+
 def read_place(environment: Mapping[str, str] = os.environ) -> Place:
     """Read the launcher's variables: torchrun, accelerate and deepspeed set RANK; srun sets SLURM_PROCID.
 

@@ -50,6 +50,12 @@ class Engine(Protocol):
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """Scale every parameter group's own learning rate; the loop owns the schedule."""
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every trained parameter of the whole model by its logical name, in the model's order."""
+
+    def model_config(self) -> dict[str, Any]:
+        """The `transformers` configuration, as JSON values."""
+
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of the logical state, on the CPU; together the ranks cover it exactly once."""
 

@@ -59,8 +59,7 @@ class PlainEngine:
         clip = self._config.optimizer.clip_norm
         scale = torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else torch.ones_like(norm)
         # AdamW's fused kernel divides gradients by grad_scale and leaves everything untouched where found_inf is set
-        self._optimizer.grad_scale = scale
-        self._optimizer.found_inf = (~norm.isfinite()).float()
+        vars(self._optimizer).update(grad_scale=scale, found_inf=(~norm.isfinite()).float())
         self._optimizer.step()
         if self._masters:
             self._masters.publish()
@@ -82,6 +81,14 @@ class PlainEngine:
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """See Engine."""
         set_learning_rate_multiplier(self._optimizer, multiplier)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Engine."""
+        return {name: tuple(weight.shape) for name, weight in self._weights.items()}
+
+    def model_config(self) -> dict[str, Any]:
+        """See Engine."""
+        return dict(self._model.network.config.to_dict())
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine."""
@@ -127,12 +134,12 @@ class _MasterWeights:
             weight.data = weight.data.bfloat16()
         # the master starts from the rounded weight, as DeepSpeed's does: both engines then take the same first step
         self.by_name = {name: nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
-        self._low = list(weights.values())
-        self._high = list(self.by_name.values())
+        self._low: list[torch.Tensor] = list(weights.values())
+        self._high: list[torch.Tensor] = list(self.by_name.values())
         self._has_gradient = [False] * len(self._low)
         for place, (low, high) in enumerate(zip(self._low, self._high, strict=True)):
             high.grad = torch.zeros_like(high)
-            low.register_post_accumulate_grad_hook(self._collector(place, high.grad))
+            low.register_post_accumulate_grad_hook(self._collector(place, high.grad))  # type: ignore[no-untyped-call]
 
     def _collector(self, place: int, total: torch.Tensor) -> Any:
         """A hook that moves a weight's gradient into its fp32 sum as soon as backward has it."""

@@ -53,8 +53,13 @@ class ZeroEngine:
             dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
         self._model = _build(deepspeed, builder, settings, self._stage, device)
-        names = {name: self._model.logical_name(name) for name, _ in self._model.named_parameters()}
-        parameters = {names[name]: weight for name, weight in self._model.named_parameters() if weight.requires_grad}
+        parameters = {
+            self._model.logical_name(name): weight
+            for name, weight in self._model.named_parameters()
+            if weight.requires_grad
+        }
+        # ZeRO-3 leaves empty tensors in place of weights and keeps their shapes beside them
+        self._shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in parameters.items()}
         self._engine, *_ = deepspeed.initialize(
             model=self._model,
             optimizer=build_optimizer(parameters.items(), config.optimizer),
@@ -117,6 +122,14 @@ class ZeroEngine:
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """See Engine."""
         set_learning_rate_multiplier(self._engine.optimizer, multiplier)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Engine."""
+        return dict(self._shapes)
+
+    def model_config(self) -> dict[str, Any]:
+        """See Engine."""
+        return dict(self._model.network.config.to_dict())
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine."""

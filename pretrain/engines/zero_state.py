@@ -41,7 +41,8 @@ class ZeroState(ABC):
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self._optimizer, "optimizer", self._optimizer)
+        base: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        return base
 
     @abstractmethod
     def runs(self) -> Iterator[LocalRun]:
@@ -168,7 +169,8 @@ class ShardedState(ZeroState):
         shard, _ = self._optimizer._get_fp32_opt_state_partition(
             parameter, release_swap_buffers=True, optim_state_key=key
         )
-        return shard.data
+        values: torch.Tensor = shard.data
+        return values
 
     @torch.no_grad()
     def publish_masters(self) -> None:
@@ -184,5 +186,6 @@ class ShardedState(ZeroState):
 
 def zero_state(stage: int, engine: Any, parameters: Mapping[str, nn.Parameter]) -> ZeroState:
     """The state of an initialised DeepSpeed engine."""
-    layout = {0: ReplicatedState, 1: PartitionedState, 2: PartitionedState, 3: ShardedState}[stage]
-    return layout(engine, parameters)
+    if stage == 0:
+        return ReplicatedState(engine, parameters)
+    return ShardedState(engine, parameters) if stage == 3 else PartitionedState(engine, parameters)

@@ -1,0 +1,187 @@
+"""The composition root: builds every part of a command from its configuration and runs it.
+
+The only file that knows all parts. Decides nothing itself; importing it imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import distributed
+from pretrain.accelerate_request import read_accelerate_request
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.checkpoint.resume import choose_checkpoint
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config import RunConfig, load_config, save_config
+from pretrain.data import tokenizer_folder
+from pretrain.data.loader import TrainingLoader, evaluation_batches
+from pretrain.data.open_datasets import OpenedData, open_datasets
+from pretrain.data.training_rows import TrainingRows
+from pretrain.engines.base import Engine
+from pretrain.engines.build import build_engine
+from pretrain.engines.deepspeed_config import read_deepspeed_file
+from pretrain.errors import Preempted
+from pretrain.logs import start_logging
+from pretrain.models.build import ModelBuilder
+from pretrain.models.flops import peak_flops
+from pretrain.optimization.schedules import build_schedule
+from pretrain.reporting.record import Outcome
+from pretrain.reporting.reporter import Reporter, build_reporter
+from pretrain.run_plan import RunPlan, plan_run
+from pretrain.training.guard import Guard
+from pretrain.training.loop import TrainingLoop
+from pretrain.training.metrics import StepMeter
+from pretrain.training.progress import Progress
+from pretrain.training.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+def train(config_path: Path, overrides: list[str], resume: str) -> int:
+    """Train one rank's part of a run; the same call on every rank. Returns the exit code."""
+    place = distributed.read_place()
+    config = read_accelerate_request(distributed.environment()).apply_to(load_config(config_path, overrides))
+    plan = plan_run(config, place.world_size)
+    start_logging(config.folder, place.rank)
+    distributed.start(place)
+    with StopRequest(distributed.any_rank) as stop:
+        progress = _train(config, plan, place.device, resume, stop)
+    logger.info("done: step %d of %d, checkpoints in %s", progress.step, plan.batch.total_steps, config.folder)
+    distributed.stop()
+    return 0
+
+
+def _train(config: RunConfig, plan: RunPlan, device: torch.device, resume: str, stop: StopRequest) -> Progress:
+    rank = distributed.rank()
+    data = open_datasets(
+        config.data,
+        sequence_length=config.batch.sequence_length,
+        vocabulary_size=plan.architecture.vocabulary_size,
+    )
+    store = CheckpointStore(
+        config.folder / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+    )
+    checkpoint = choose_checkpoint(store, resume)
+    if rank == 0:
+        save_config(config, config.folder / "config.yaml")
+        tokenizer_folder.keep_tokenizer(data.training[0], config.data.tokenizer, config.folder)
+    engine = _build_engine(config, plan, device)
+    progress = _restore(engine, checkpoint)
+    rows = TrainingRows(data.training, seed=config.seed)
+    reporter = build_reporter(
+        config,
+        config.folder,
+        is_main_process=rank == 0,
+        resume_from=progress.step if checkpoint else None,
+        tracker_state=checkpoint.manifest.metadata["trackers"] if checkpoint else {},
+    )
+    loop = TrainingLoop(
+        config=config,
+        plan=plan.batch,
+        engine=engine,
+        schedule=build_schedule(config.schedule, plan.batch),
+        validation={
+            name: partial(
+                evaluation_batches,
+                source,
+                micro_batch_size=config.batch.micro_batch_size,
+                rank=rank,
+                data_parallel_size=plan.batch.data_parallel_size,
+                max_rows=config.evaluation.max_rows,
+            )
+            for name, source in data.validation.items()
+        },
+        reporter=reporter,
+        store=store,
+        metadata=partial(_metadata, config, engine, data, rows, reporter),
+        meter=StepMeter(
+            device=device,
+            flops_per_token=plan.flops.training,
+            peak_flops_per_second=_peak_flops(device),
+        ),
+        guard=Guard(config.guard),
+        stop=stop,
+    )
+    outcome: Outcome = "failed"
+    with ExitStack() as closing:
+        closing.callback(engine.close)
+        closing.callback(lambda: reporter.close(outcome=outcome))
+        steps = closing.enter_context(
+            TrainingLoader(
+                rows,
+                plan.batch,
+                rank=rank,
+                samples_consumed=progress.samples_consumed,
+                workers=config.data.workers,
+                prefetch_micro_batches=config.data.prefetch_micro_batches,
+            )
+        )
+        try:
+            progress = loop.run(progress, steps)
+        except Preempted:
+            outcome = "stopped"
+            raise
+        outcome = "finished"
+    return progress
+
+
+def _build_engine(config: RunConfig, plan: RunPlan, device: torch.device) -> Engine:
+    builder = ModelBuilder(
+        config.model,
+        seed=config.seed,
+        sequence_length=config.batch.sequence_length,
+        execution=config.execution,
+        loss=config.loss,
+    )
+    file = config.parallel.deepspeed_config
+    return build_engine(
+        config,
+        plan.engine,
+        builder,
+        device,
+        accumulation=plan.batch.accumulation,
+        file_values=read_deepspeed_file(file) if file else {},
+    )
+
+
+def _restore(engine: Engine, checkpoint: Checkpoint | None) -> Progress:
+    """Put the engine where the checkpoint stands; step 0 without one."""
+    if checkpoint is None:
+        return Progress()
+    checkpoint.require_model(engine.parameter_shapes())
+    engine.restore(checkpoint)
+    progress = Progress.from_json(checkpoint.manifest.progress)
+    logger.info("going on from %s: step %d, %d tokens seen", checkpoint.path, progress.step, progress.tokens_seen)
+    return progress
+
+
+def _metadata(
+    config: RunConfig, engine: Engine, data: OpenedData, rows: TrainingRows, reporter: Reporter, progress: Progress
+) -> dict[str, Any]:
+    """What a checkpoint's manifest holds besides the engine's and the loop's numbers."""
+    manifest = data.training[0].dataset.manifest
+    return {
+        "parameters": engine.parameter_shapes(),
+        "model_config": engine.model_config(),
+        # relative to the checkpoint's own folder, so that a run folder can be moved
+        "tokenizer": {"folder": f"../../{tokenizer_folder.FOLDER}", "sha256": manifest.tokenizer.sha256},
+        "rows_consumed": rows.consumed(progress.samples_consumed),
+        "trackers": reporter.tracker_state(),
+        "run_config": config.model_dump(mode="json"),
+    }
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    """Of all ranks together; unknown on CPUs."""
+    if device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device))
+    return peak * distributed.world_size() if peak else None
