@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from pretrain.checkpoint.durable import replace_durably, sync_folder
@@ -39,7 +40,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, damaged ones included, the last written at the end.
 
     Order is that of the saves, not of steps: after a fall back to an earlier step the run's newest state may have a
-    smaller step than a damaged one. A checkpoint whose manifest cannot be read comes first.
+    smaller step than a damaged one. A checkpoint whose manifest cannot be read counts as new: it is looked at, and
+    rejected by name, before an older one is taken.
     """
     if not folder.is_dir():
         return []
@@ -107,4 +109,4 @@ def _age(path: Path) -> tuple[int, str]:
     try:
         return read_manifest(path).sequence, path.name
     except CheckpointError:
-        return -1, path.name
+        return sys.maxsize, path.name

@@ -37,7 +37,8 @@ class Manifest:
     progress: dict[str, Any]  # of the loop
     metadata: dict[str, Any]
     is_best: bool = False  # no earlier checkpoint of the run had a lower validation loss
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)  # of Python and packages
+    git: dict[str, str] | None = None  # commit and changed paths of this program's source tree
     files: tuple[FileRecord, ...] = ()
     format_version: int = FORMAT_VERSION
 

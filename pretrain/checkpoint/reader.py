@@ -58,6 +58,14 @@ class Checkpoint:
             )
         return self.manifest.parameters[name]
 
+    def kinds(self, name: str) -> list[str]:
+        """Kinds of which the checkpoint holds a parameter."""
+        return sorted(kind for held, kind in self._pieces if held == name)
+
+    def element_counts(self) -> Iterable[tuple[str, int]]:
+        """Kind and elements of every stored tensor."""
+        return [(kind, element_count(self.shape(name))) for name, kind in self._pieces]
+
     def read(self, name: str, kind: str) -> torch.Tensor:
         """The whole logical tensor, fp32, on the CPU."""
         shape = self.shape(name)
@@ -76,7 +84,7 @@ class Checkpoint:
                 )
             )
         values = torch.empty(count, dtype=torch.float32)
-        for piece in pieces or ():
+        for piece in pieces or () if count else ():
             self._copy_common(piece, start, values)
         return values
 

@@ -27,7 +27,7 @@ from pretrain.checkpoint.folder import (
 from pretrain.checkpoint.fragment_file import ITEM_BYTES, FileRecord
 from pretrain.checkpoint.fragments import KINDS, Fragment, element_count
 from pretrain.checkpoint.manifest import Manifest, find_file_fault, read_manifest, with_files
-from pretrain.checkpoint.provenance import package_versions
+from pretrain.checkpoint.provenance import git_state, package_versions
 from pretrain.checkpoint.reader import Checkpoint, index_fragments
 from pretrain.checkpoint.writer import write_fragments
 from pretrain.distributed import broadcast_json, gather_json, rank, world_size
@@ -51,6 +51,9 @@ class CheckpointStore:
         self._keep_best = keep_best
         self._file_bytes = file_bytes
         self._verified: set[str] = set()  # names of checkpoints that were read back whole
+        self._git: dict[str, str] | None = None
+        if rank() == 0:
+            self._git = git_state(Path(__file__).parent)  # now: it may change while the run goes on
 
     def list(self) -> Sequence[Path]:
         """Published checkpoints, damaged ones included, the last written at the end."""
@@ -99,6 +102,7 @@ class CheckpointStore:
                         metadata={key: value for key, value in metadata.items() if key != "parameters"},
                         is_best=is_best,
                         versions=package_versions(),
+                        git=self._git,
                     )
                     self._publish(staging, with_files(manifest, _file_records(gathered)))
         except BaseException:
