@@ -11,12 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.data.micro_batch import build_micro_batch, empty_row
 from pretrain.data.open_datasets import OpenedSource
-from pretrain.data.training_rows import TrainingRows
+from pretrain.data.training_rows import Location, TrainingRows
 from pretrain.models.batch import Batch
 
 
@@ -52,7 +53,7 @@ class TrainingLoader:
         self._plan = plan
         self._prefetch = prefetch_micro_batches
         self._pins = torch.cuda.is_available()  # copies to the device overlap only from pinned memory
-        self._upcoming = _micro_batches_from(plan, rank, samples_consumed)
+        self._upcoming = _micro_batches_from(rows, plan, rank, samples_consumed)
         self._readers = ThreadPoolExecutor(workers, thread_name_prefix="row-reader") if workers else None
         self._pending: deque[Future[Batch]] = deque()
 
@@ -90,8 +91,8 @@ class TrainingLoader:
             self._pending.append(self._readers.submit(self._build, next(self._upcoming)))
         return self._pending.popleft().result()
 
-    def _build(self, samples: range) -> Batch:
-        batch = build_micro_batch(self._rows.read(samples), self._rows.sequence_length)
+    def _build(self, locations: list[Location]) -> Batch:
+        batch = build_micro_batch(self._rows.read(locations), self._rows.sequence_length)
         return _pinned(batch) if self._pins else batch
 
 
@@ -120,11 +121,19 @@ def evaluation_batches(
         yield build_micro_batch(rows, source.sequence_length)
 
 
-def _micro_batches_from(plan: BatchPlan, rank: int, samples_consumed: int) -> Iterator[range]:
-    """Sample indices of this rank's micro-batches, step after step, without end."""
+def _micro_batches_from(
+    rows: TrainingRows, plan: BatchPlan, rank: int, samples_consumed: int
+) -> Iterator[list[Location]]:
+    """Where the rows of this rank's micro-batches are, step after step, without end."""
+    size = plan.micro_batch_size
     while True:
-        for micro_batch in range(plan.accumulation_at(samples_consumed)):
-            yield plan.rank_samples(samples_consumed, rank, micro_batch)
+        samples = [
+            plan.rank_samples(samples_consumed, rank, micro_batch)
+            for micro_batch in range(plan.accumulation_at(samples_consumed))
+        ]
+        locations = rows.locate(np.concatenate([np.arange(part.start, part.stop) for part in samples]))
+        for first in range(0, len(locations), size):
+            yield locations[first : first + size]
         samples_consumed += plan.global_batch_at(samples_consumed)
 
 

@@ -71,13 +71,13 @@ def _feistel(
     left_size, right_size = np.uint64(width), np.uint64(height)
     left, right = values // right_size, values % right_size
     for first, second in round_keys.reshape(-1, 2):
-        left = (left + _mixed(right ^ first) % left_size) % left_size
-        right = (right + _mixed(left ^ second) % right_size) % right_size
+        left = (left + _mixed(right ^ first)) % left_size
+        right = (right + _mixed(left ^ second)) % right_size
     return left * right_size + right
 
 
 def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), halved so that adding to it does not wrap."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return (values ^ (values >> np.uint64(31))) >> np.uint64(1)

@@ -5,19 +5,18 @@ Joins mixture.py and sample_order.py to opened datasets. Knows no ranks, steps o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from data_tools.token_shards import Row
-from pretrain.data.mixture import Mixture
+from pretrain.data.mixture import Integers, Mixture
 from pretrain.data.open_datasets import OpenedSource
 from pretrain.data.sample_order import SampleOrder
 
 
-@dataclass(frozen=True, kw_only=True)
-class Location:
+class Location(NamedTuple):
     """Where a sample comes from."""
 
     source: int  # place in the list of training sources
@@ -39,26 +38,25 @@ class TrainingRows:
             SampleOrder(rows=source.rows, seed=seed, stream=place) for place, source in enumerate(self.sources)
         ]
 
-    def locate(self, samples: range) -> list[Location]:
-        """Find the samples of these indices (counted from the start of training)."""
-        sources, indices = self._mixture.locate(np.arange(samples.start, samples.stop, dtype=np.int64))
+    def locate(self, samples: Integers) -> list[Location]:
+        """Find the samples of these indices (counted from the start of training); many at once cost little more."""
+        sources, indices = self._mixture.locate(samples)
         rows = np.empty_like(indices)
-        for source, order in enumerate(self._orders):
+        for source in np.unique(sources):
             members = sources == source
-            if members.any():
-                rows[members] = order.rows_at(indices[members])
+            rows[members] = self._orders[source].rows_at(indices[members])
         return [
             Location(source=source, row=row, epoch=index // self.sources[source].rows)
             for source, row, index in zip(sources.tolist(), rows.tolist(), indices.tolist(), strict=True)
         ]
 
-    def read(self, samples: range) -> list[Row]:
-        """Read the samples of these indices; safe to call from several threads.
+    def read(self, locations: Iterable[Location]) -> list[Row]:
+        """Read the rows at these places; safe to call from several threads.
 
         Raises:
             DataError: a row cannot be read.
         """
-        return [self.sources[location.source].row(location.row) for location in self.locate(samples)]
+        return [self.sources[location.source].row(location.row) for location in locations]
 
     def consumed(self, samples_consumed: int) -> dict[str, int]:
         """The ledger: rows that each source, by name, has given once so many samples were read in all."""

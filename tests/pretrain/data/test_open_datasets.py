@@ -52,7 +52,7 @@ def test_every_problem_of_every_dataset_is_reported(tmp_path: Path) -> None:
         "data.train[2]: " + str(tmp_path / "empty") + " holds no tokens",
         "data.train[3] was made with tokenizer else (777777777777, EOS 0)",
         "packed to 5 tokens",
-        "shard-00000.bin has 4 bytes",
+        "shard-00000.bin: has 4 bytes",
         "data.train[6]: " + str(tmp_path / "absent"),
         "data.train[0] has a vocabulary of 60000 ids, the model one of 50",
         "no cannot be read",
