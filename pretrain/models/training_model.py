@@ -13,15 +13,13 @@ from transformers import PreTrainedModel
 
 from pretrain.config import ExecutionSection, LossSection
 from pretrain.models.attention import document_inputs
-from pretrain.models.batch import IGNORED_LABEL, Batch
+from pretrain.models.batch import Batch
 from pretrain.models.loss import OutputHead, full_logits_loss
 
 logger = logging.getLogger(__name__)
 
 # Model types whose logits are exactly head(hidden): tests compare each with the model's own logits.
 PLAIN_HEAD_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2", "olmo2"})
-# Below this share of target tokens, picking them out costs less than computing the others' logits.
-SPARSE_TARGETS = 0.9
 PREFIX = "network."
 
 
@@ -50,11 +48,8 @@ class TrainingModel(nn.Module):
             logits = self.network(**inputs, use_cache=False).logits
             return full_logits_loss(logits.flatten(0, -2), labels)
         hidden = self.network.base_model(**inputs, use_cache=False)[0].flatten(0, -2)
-        if batch.target_count < SPARSE_TARGETS * labels.numel():
-            # The count is known, so the device need not tell the host how many rows there are.
-            chosen = torch.nonzero_static(labels != IGNORED_LABEL, size=batch.target_count).squeeze(-1)
-            hidden, labels = hidden[chosen], labels[chosen]
-        sums: tuple[torch.Tensor, torch.Tensor] = self.network.get_output_embeddings()(hidden, labels)
+        head = self.network.get_output_embeddings()
+        sums: tuple[torch.Tensor, torch.Tensor] = head(hidden, labels, batch.target_count)
         return sums
 
     @staticmethod
