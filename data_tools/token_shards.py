@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -118,6 +119,7 @@ class TokenDataset:
         # first token of each shard, and one past the last
         self._first_tokens = [0, *accumulate(shard.tokens for shard in self.manifest.shards)]
         self._open: dict[int, _Shard] = {}
+        self._opening = Lock()
 
     def __reduce__(self) -> tuple[type[TokenDataset], tuple[Path]]:
         return TokenDataset, (self.folder,)  # a copy in another process maps the files itself
@@ -226,10 +228,11 @@ class TokenDataset:
         number = bisect_right(self._first_tokens, position) - 1
         shard = self._open.get(number)
         if shard is None:
-            if len(self._open) >= MAX_OPEN_SHARDS:
-                del self._open[next(iter(self._open))]  # unmapped when the last view of it is gone
-            shard = _Shard(self.folder, self.manifest, self.manifest.shards[number])
-            self._open[number] = shard
+            with self._opening:  # threads read rows at the same time
+                if len(self._open) >= MAX_OPEN_SHARDS:
+                    del self._open[next(iter(self._open))]  # unmapped when the last view of it is gone
+                shard = _Shard(self.folder, self.manifest, self.manifest.shards[number])
+                self._open[number] = shard
         return shard, self._first_tokens[number]
 
 

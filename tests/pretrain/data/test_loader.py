@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -162,3 +164,23 @@ def test_validation_reads_each_row_once_and_ranks_stay_in_step(
     assert read == list(range(1, 1 + min(13, max_rows or 13)))
     targets = sum(batch.target_count for batches in by_rank for batch in batches)
     assert targets == len(read) * (WIDTH - 1)
+
+
+class SlowlyIterated(dict[int, object]):
+    """Gives other threads time to change it between looking for a key and using it."""
+
+    def __iter__(self) -> Iterator[int]:
+        keys = super().__iter__()
+        time.sleep(0.001)
+        return keys
+
+
+def test_threads_share_a_dataset_of_more_shards_than_are_kept_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.token_shards.MAX_OPEN_SHARDS", 2)
+    (source,) = open_sources([numbered_rows(tmp_path / "d", 200, WIDTH)], WIDTH)
+    monkeypatch.setattr(source.dataset, "_open", SlowlyIterated())
+    indices = np.random.default_rng(0).integers(0, 200, 200).tolist()
+    with ThreadPoolExecutor(8) as readers:
+        assert [row.tokens[0] for row in readers.map(source.row, indices)] == [index + 1 for index in indices]
