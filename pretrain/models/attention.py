@@ -7,31 +7,48 @@ The attention itself is transformers'.
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.batch import Batch
 
+logger = logging.getLogger(__name__)
+
 FLASH = "flash_attention_2"
 
 
-def choose_attention(wanted: str) -> str:
+def choose_attention(wanted: str, network_class: type[PreTrainedModel]) -> str:
     """Resolve `execution.attention`: auto is flash-attn where it is installed and there is a CUDA device, else sdpa.
 
+    Families that have neither fall back to eager, with a logged reason.
+
     Raises:
-        ConfigError: flash_attention_2 was asked for by name and cannot run here.
+        ConfigError: what was asked for by name cannot run here.
     """
-    can_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    possible = ["eager"]
+    if network_class._supports_sdpa:
+        possible.insert(0, "sdpa")
+    if network_class._supports_flash_attn and has_flash:
+        possible.insert(0, FLASH)
     if wanted == "auto":
-        return FLASH if can_flash else "sdpa"
-    if wanted == FLASH and not can_flash:
+        if possible[0] == "eager":
+            logger.warning("attention is eager: %s has no faster implementation here", network_class.__name__)
+        return possible[0]
+    if wanted not in possible:
         raise ConfigError(
             Problem(
-                "execution.attention is flash_attention_2, but flash_attn is not installed or there is no CUDA device",
-                "auto, sdpa, eager",
-                "set execution.attention: auto, or install the gpu extra",
+                f"execution.attention: {wanted} cannot run {network_class.__name__} here"
+                + ("" if has_flash else " (flash_attn is not installed, or there is no CUDA device)"),
+                ", ".join(["auto", *possible]),
+                "set execution.attention: auto",
             )
         )
     return wanted
@@ -45,7 +62,7 @@ def document_inputs(batch: Batch, implementation: str) -> dict[str, Any]:
     which transformers builds a mask whose blocks are the documents.
     """
     rows, length = batch.input_ids.shape
-    if batch.cumulative_lengths.numel() == rows + 1:
+    if not has_packed_rows(batch):
         return {"input_ids": batch.input_ids}
     if implementation != FLASH:
         return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
@@ -57,3 +74,60 @@ def document_inputs(batch: Batch, implementation: str) -> dict[str, Any]:
         "max_length_q": batch.longest_document,
         "max_length_k": batch.longest_document,
     }
+
+
+def has_packed_rows(batch: Batch) -> bool:
+    """Whether any row holds more than one document."""
+    return batch.cumulative_lengths.numel() > batch.input_ids.shape[0] + 1
+
+
+@contextmanager
+def watched_document_borders(layers: Sequence[nn.Module], batch: Batch) -> Iterator[None]:
+    """Within the block, prove on every layer's own inputs that no document can see the one before it.
+
+    Some families do not build masks from position ids (OPT, Falcon), and recurrent layers take no mask at all: with
+    packed rows they would mix documents silently. The block is slow (it reads the masks) and compiled layers run
+    uncompiled in it, since compiled code need not call hooks.
+
+    Raises:
+        ConfigError: from within the block, at the first layer that gets no mask, or one that lets documents mix.
+    """
+    compiled = [layer._compiled_call_impl for layer in layers]
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, inputs, keywords: _refuse_mixing(module, [*inputs, *keywords.values()], keywords, batch),
+            with_kwargs=True,
+        )
+        for layer in layers
+    ]
+    for layer in layers:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, hook, call in zip(layers, hooks, compiled, strict=True):
+            hook.remove()
+            layer._compiled_call_impl = call
+
+
+def _refuse_mixing(layer: nn.Module, values: Sequence[object], keywords: dict[str, Any], batch: Batch) -> None:
+    if keywords.get("cu_seq_lens_q") is not None:
+        return  # a variable-length kernel cuts at the borders itself
+    masks = [value for value in values if isinstance(value, torch.Tensor) and value.ndim == 4]
+    if not any(_keeps_documents_apart(mask, batch.position_ids) for mask in masks):
+        raise ConfigError(
+            Problem(
+                f"{type(layer).__name__} cannot keep the documents of one row apart",
+                "models whose every layer builds its mask from position ids, or rows of one document each",
+                "choose another model_type, or pack the data with one document a row",
+            )
+        )
+
+
+def _keeps_documents_apart(mask: torch.Tensor, position_ids: torch.Tensor) -> bool:
+    """Whether a mask (B, 1, T, T), true or zero where attention is allowed, blocks all before each document's start."""
+    if mask.shape[0] != position_ids.shape[0] or mask.shape[-1] != position_ids.shape[1]:
+        return False
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
+    first, before = position_ids == 0, torch.ones_like(allowed).tril(-1)
+    return not bool((allowed & before & first.unsqueeze(-1)).any())

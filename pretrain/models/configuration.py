@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.config import ModelSection
@@ -51,7 +51,7 @@ def resolve_model_config(model: ModelSection, *, sequence_length: int, attention
     _fit_positions(config, sequence_length, given)
     _refuse_router_loss(config)
     config.use_cache = False
-    config._attn_implementation = choose_attention(attention)
+    config._attn_implementation = choose_attention(attention, _network_class(config, model_type))
     return config
 
 
@@ -87,6 +87,19 @@ def _config_class(model_type: str) -> type[PretrainedConfig]:
         raise ConfigError(_unknown_name("model.model_type", model_type, CONFIG_MAPPING))
     config_class: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
     return config_class
+
+
+def _network_class(config: PretrainedConfig, model_type: str) -> type[PreTrainedModel]:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            Problem(
+                f"model.model_type {model_type} is no causal language model",
+                "a model type with a ForCausalLM class in transformers",
+                "change model.model_type",
+            )
+        )
+    network_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return network_class
 
 
 def _refuse_unknown_fields(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ def initialize(
     *,
     seed: int,
     gather: Gather = no_gather,
-    module_prefix: str = "",
+    root_name: str = "",
     root: nn.Module | None = None,
 ) -> None:
     """Write every parameter in place; collective where `gather` is.
@@ -40,7 +40,7 @@ def initialize(
         network: whose family's `_init_weights` is followed.
         seed: of the run.
         gather: see Gather.
-        module_prefix: name of `root` within the whole model, with a dot at its end.
+        root_name: name of `root` within the whole model.
         root: the part to fill; the whole network where not given.
     """
     root = network if root is None else root
@@ -52,11 +52,12 @@ def initialize(
             buffers = list(module.buffers(recurse=False))
             if not parameters and not buffers:
                 continue
+            full_name = ".".join(filter(None, (root_name, name)))
             with (
                 gather(parameters),
                 _fp32(parameters),
                 _kept(tied.get(name, [])),
-                _seeded(seed, module_prefix + name, parameters),
+                _seeded(seed, full_name, parameters),
             ):
                 network._init_weights(module)
 

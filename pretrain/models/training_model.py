@@ -12,14 +12,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pretrain.config import ExecutionSection, LossSection
-from pretrain.models.attention import document_inputs
+from pretrain.errors import ConfigError, Problem
+from pretrain.models.attention import document_inputs, has_packed_rows, watched_document_borders
 from pretrain.models.batch import Batch
 from pretrain.models.loss import OutputHead, full_logits_loss
 
 logger = logging.getLogger(__name__)
 
 # Model types whose logits are exactly head(hidden): tests compare each with the model's own logits.
-PLAIN_HEAD_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2", "olmo2"})
+PLAIN_HEAD_TYPES = frozenset(
+    """llama mistral qwen2 qwen3 gpt2 gpt_neox olmo olmo2 olmo3 phi phi3 gemma starcoder2 stablelm smollm3 glm glm4
+    mixtral qwen3_moe olmoe""".split()
+)
 PREFIX = "network."
 
 
@@ -31,17 +35,30 @@ class TrainingModel(nn.Module):
         self.network = network
         self._attention: str = network.config._attn_implementation
         self._has_fused_loss = self._fuse_loss(loss)
+        self._layers = list(decoder_layers(network))  # a plain list: registered once, below the network
+        self._has_checked_borders = False
         if execution.recomputation == "full":
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if execution.compile:
-            for layer in decoder_layers(network):
+            for layer in self._layers:
                 layer.compile(dynamic=False)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the micro-batch's target tokens, fp32 scalars: cross-entropy (nats), logsumexp of logits squared.
 
         The objective to differentiate is `first + loss.z_loss * second`, times any factor (see OutputHead.forward).
+
+        Raises:
+            ConfigError: at the first batch with packed rows, if the family would let their documents mix.
         """
+        if has_packed_rows(batch) and not self._has_checked_borders:
+            with watched_document_borders(self._layers, batch):
+                sums = self._sums(batch)
+            self._has_checked_borders = True
+            return sums
+        return self._sums(batch)
+
+    def _sums(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = document_inputs(batch, self._attention)
         labels = batch.labels.flatten()
         if not self._has_fused_loss:
@@ -69,6 +86,12 @@ class TrainingModel(nn.Module):
 
 
 def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:
-    """The network's list of decoder layers."""
-    lists = [module for module in network.base_model.children() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
+    """The network's list of decoder layers: the outermost list of modules."""
+    for module in network.base_model.modules():
+        if isinstance(module, nn.ModuleList):
+            return module
+    raise ConfigError(
+        Problem(
+            f"{type(network).__name__} has no list of layers", "a decoder of stacked layers", "change model.model_type"
+        )
+    )
