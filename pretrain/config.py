@@ -6,15 +6,26 @@ features work together (compatibility.py) nor what numbers follow from it (batch
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from pretrain.config_problems import accepts_text_only, problems_of
 from pretrain.errors import ConfigError, Problem
+from pretrain.yaml_text import read_yaml, write_yaml
 
 Precision = Literal["fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "plain", "zero", "pipeline", "accelerate"]
@@ -25,23 +36,41 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 class Section(BaseModel):
     """A group of keys: unknown keys are errors, values are not coerced, and nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """Keys of this section, as written, that exclude or need one another."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Section:
+        if problems := list(self.contradictions(dict(self))):
+            raise ValueError("; ".join(problem.found for problem in problems))
+        return self
 
 
-class ModelSection(BaseModel):
+class ModelSection(Section):
     """A `transformers` causal LM: `model_type` or `preset` or `weights`, and any field of that configuration."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     model_type: str | None = None
     preset: str | None = None
     weights: str | None = None  # a Hugging Face folder: architecture and starting weights come from it
 
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelSection:
-        if sum(source is not None for source in (self.model_type, self.preset, self.weights)) != 1:
-            raise ValueError("exactly one of model_type, preset, weights must be given")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """See Section."""
+        sources = ("model_type", "preset", "weights")
+        named = [f"model.{source}" for source in sources if given.get(source) is not None]
+        if len(named) != 1:
+            found = " and ".join(named) + " are both given" if named else "the model section names no model"
+            yield Problem(
+                found,
+                "exactly one of model.model_type, model.preset, model.weights",
+                "keep one of them" if named else "add, for example, model.preset=gpt2-125m",
+            )
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -57,10 +86,16 @@ class Source(Section):
     name: str | None = None  # shown in reports; the folder's name where not given
 
 
+TrainingData = Annotated[
+    Annotated[str, Tag("folder")] | Annotated[list[Source], Field(min_length=1), Tag("mixture")],
+    Discriminator(lambda value: "mixture" if isinstance(value, list) else "folder"),
+]
+
+
 class DataSection(Section):
     """What to read."""
 
-    train: str | list[Source]
+    train: TrainingData  # a dataset folder, or a list of sources
     validation: dict[str, str] = Field(default_factory=dict)  # name -> dataset folder
     tokenizer: str | None = None  # folder; its hash must equal the datasets'; default: the one kept with the data
     verify: Literal["sizes", "hashes"] = "sizes"  # what is checked of every shard before the first step
@@ -89,12 +124,16 @@ class BatchSection(Section):
     ramp: list[RampStage] = Field(default_factory=list)
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Decay, Decay], BeforeValidator(lambda pair: tuple(pair) if isinstance(pair, list) else pair)]
+
+
 class OptimizerSection(Section):
     """How a gradient becomes an update."""
 
     name: Literal["adamw"] = "adamw"
     learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)  # decay of the running mean of the gradient and of its square
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)  # on matrices only; see optimization/parameter_groups.py
     clip_norm: float | None = Field(default=1.0, gt=0)  # global L2 norm; null: no clipping
@@ -111,13 +150,20 @@ class ScheduleSection(Section):
     decay_fraction: float = Field(default=0.2, ge=0, le=1)  # wsd: share of all steps spent decaying at the end
     final_fraction: float = Field(default=0.1, ge=0, le=1)  # linear, cosine, wsd: multiplier at the last step
 
-    @model_validator(mode="after")
-    def _one_unit(self) -> ScheduleSection:
-        if (self.total_steps is None) == (self.total_tokens is None):
-            raise ValueError("exactly one of total_steps, total_tokens must be given")
-        if self.warmup_steps is not None and self.warmup_tokens is not None:
-            raise ValueError("at most one of warmup_steps, warmup_tokens can be given")
-        return self
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """See Section."""
+        total, warmup = (
+            [f"schedule.{name}_{unit}" for unit in ("steps", "tokens") if given.get(f"{name}_{unit}") is not None]
+            for name in ("total", "warmup")
+        )
+        if len(total) != 1:
+            found = " and ".join(total) + " are both given" if total else "the schedule has no length"
+            change = "keep one of them" if total else "add, for example, schedule.total_steps=1000"
+            yield Problem(found, "exactly one of schedule.total_steps, schedule.total_tokens", change)
+        if len(warmup) > 1:
+            found = " and ".join(warmup) + " are both given"
+            yield Problem(found, "at most one of schedule.warmup_steps, schedule.warmup_tokens", "keep one of them")
 
 
 class LossSection(Section):
@@ -137,6 +183,11 @@ class ParallelSection(Section):
     sequence: int = Field(default=1, ge=1)  # ranks
     expert: int = Field(default=1, ge=1)  # ranks
     deepspeed_config: str | None = None  # a file of DeepSpeed-only keys, such as ds_configs/zero2.json
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: object) -> object:
+        return str(value).lower() if isinstance(value, bool) else value  # Python takes true for 1
 
 
 class ExecutionSection(Section):
@@ -187,7 +238,7 @@ class GuardSection(Section):
 class RunConfig(Section):
     """All of one run. Sections not given take their defaults."""
 
-    name: str
+    name: str = Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")  # a folder's name
     run_folder: str | None = None  # null: runs/<name> below the current folder
     seed: int = Field(default=0, ge=0)
     model: ModelSection
@@ -217,99 +268,66 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: with every problem of the file and the overrides, spelling suggestions included.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(Problem(f"{path}: {error}", "a readable YAML file", "check the path and the file")) from error
     if not isinstance(values, dict):
-        raise ConfigError(
-            Problem(f"{path} holds a {type(values).__name__}", "a mapping of sections", "see launch/recipes")
-        )
+        kind = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(Problem(f"{path} holds {kind}", "a mapping of sections", "see launch/recipes"))
     problems = [problem for override in overrides if (problem := _apply_override(values, override))]
+    return _validate(_without_empty_sections(values), problems)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, defaults included, as YAML that `load_config` reads back equal."""
+    path.write_text(write_yaml(config.model_dump(mode="json")), encoding="utf-8")
+
+
+def _validate(values: dict[str, Any], problems: list[Problem]) -> RunConfig:
+    for name, section in _sections().items():
+        if isinstance(values.get(name), dict):
+            problems += section.contradictions(values[name])
     try:
-        config = RunConfig.model_validate(_tuples(values))
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(*problems, *_problems(error)) from error
+        raise ConfigError(*problems, *problems_of(error, RunConfig)) from error
     if problems:
         raise ConfigError(*problems)
     return config
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration, defaults included, as YAML that `load_config` reads back equal."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+def _sections() -> dict[str, type[Section]]:
+    kinds = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
+def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """A section's name with nothing below it is a section without keys, not a null."""
+    sections = _sections()
+    return {key: {} if value is None and key in sections else value for key, value in values.items()}
 
 
 def _apply_override(values: dict[str, Any], override: str) -> Problem | None:
     path, separator, raw = override.partition("=")
-    if not separator or not path:
+    *sections, key = path.split(".")
+    if not separator or not all((*sections, key)):
         return Problem(
             f"override {override!r}", "section.key=value", "write, for example, optimizer.learning_rate=3e-4"
         )
-    *sections, key = path.split(".")
     target = values
-    for section in sections:
-        inner = target.setdefault(section, {})
+    for depth, section in enumerate(sections, 1):
+        if target.get(section) is None:
+            target[section] = {}
+        inner = target[section]
         if not isinstance(inner, dict):
-            return Problem(f"override {override!r}: {section} is not a section", "section.key=value", "check the name")
+            place = ".".join(sections[:depth])
+            return Problem(f"override {override!r}: {place} has no keys of its own", place, f"write {place}=value")
         target = inner
     try:
-        target[key] = _number(yaml.safe_load(raw))
+        value = read_yaml(raw)
     except yaml.YAMLError as error:
         return Problem(f"override {override!r}: {error}", "a YAML value", "quote the value")
+    # the shell takes the quotes away, so a name of digits can only be told by what the key wants
+    is_text = accepts_text_only(RunConfig, [*sections, key]) and isinstance(value, int | float)
+    target[key] = raw if is_text else value
     return None
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _tuples(value: Any) -> Any:
-    """Strict validation wants a float where YAML gives text like 1e-3, and a tuple for a pair."""
-    if isinstance(value, dict):
-        return {
-            key: tuple(inner) if key == "betas" and isinstance(inner, list) else _tuples(inner)
-            for key, inner in value.items()
-        }
-    if isinstance(value, list):
-        return [_tuples(inner) for inner in value]
-    return _number(value)
-
-
-def _problems(error: ValidationError) -> Iterator[Problem]:
-    for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            yield _unknown_key(fault["loc"])
-        elif fault["type"] == "missing":
-            yield Problem(f"{place} is not given", "a value", f"add {place}: to the file")
-        else:
-            found = f"{place or 'the run'}: {fault['msg']}"
-            shown = "" if isinstance(fault["input"], dict) else f" (found {fault['input']!r})"
-            allowed = str(fault.get("ctx", {}).get("expected", "see pretrain/config.py"))
-            yield Problem(found + shown, allowed, f"change {place or 'the file'}")
-
-
-def _unknown_key(location: tuple[int | str, ...]) -> Problem:
-    *sections, key = location
-    model: Any = RunConfig
-    for section in sections:
-        if isinstance(section, int) or section not in getattr(model, "model_fields", {}):
-            continue
-        annotation = model.model_fields[section].annotation
-        candidates = (annotation, *get_args(annotation))
-        nested = [
-            arg for candidate in candidates for arg in (candidate, *get_args(candidate)) if hasattr(arg, "model_fields")
-        ]
-        model = nested[0] if nested else model
-    known = list(model.model_fields)
-    near = difflib.get_close_matches(str(key), known, n=1)
-    place = ".".join(map(str, location))
-    change = f"did you mean {'.'.join([*map(str, sections), near[0]])}?" if near else f"remove {place}"
-    return Problem(f"unknown key {place}", ", ".join(known), change)
