@@ -15,6 +15,7 @@ import torch
 
 from pretrain import distributed
 from pretrain.accelerate_request import read_accelerate_request
+from pretrain.checkpoint.inspection import open_verified, select_checkpoint
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.resume import choose_checkpoint
 from pretrain.checkpoint.store import CheckpointStore
@@ -27,6 +28,9 @@ from pretrain.engines.base import Engine
 from pretrain.engines.build import build_engine
 from pretrain.engines.deepspeed_config import read_deepspeed_file
 from pretrain.errors import Preempted
+from pretrain.inference.evaluate import Measured, evaluate_source
+from pretrain.inference.generate import Sampling, generate_from
+from pretrain.inference.load import is_hugging_face_folder
 from pretrain.logs import start_logging
 from pretrain.models.build import ModelBuilder
 from pretrain.models.flops import peak_flops
@@ -55,6 +59,27 @@ def train(config_path: Path, overrides: list[str], resume: str) -> int:
     logger.info("done: step %d of %d, checkpoints in %s", progress.step, plan.batch.total_steps, config.folder)
     distributed.stop()
     return 0
+
+
+def evaluate(source: Path, data: Path | None, split: str, max_rows: int | None) -> list[Measured]:
+    """Measure a model on one split of a dataset, or on its run's validation sets; empty on all ranks but the first."""
+    place = distributed.read_place()
+    distributed.start(place)
+    run = None if is_hugging_face_folder(source) else open_verified(select_checkpoint(source)).manifest.metadata
+    if data is not None:
+        datasets = {data.name: str(data / split if (data / split).is_dir() else data)}
+    else:
+        datasets = run["run_config"]["data"]["validation"] if run else {}
+    length = run["run_config"]["batch"]["sequence_length"] if run else None
+    results = list(evaluate_source(source, datasets, device=place.device, sequence_length=length, max_rows=max_rows))
+    distributed.stop()
+    return results if place.is_main_process else []
+
+
+def generate(source: Path, prompts: list[str], *, max_new_tokens: int, sampling: Sampling) -> list[str]:
+    """The text that a model writes after each prompt."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return generate_from(source, prompts, max_new_tokens=max_new_tokens, sampling=sampling, device=device)
 
 
 def _train(config: RunConfig, plan: RunPlan, device: torch.device, resume: str, stop: StopRequest) -> Progress:

@@ -16,6 +16,7 @@ from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
+from pretrain.models.evaluation import sum_losses
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.random_streams import stream_seed
 
@@ -67,16 +68,10 @@ class PlainEngine:
             self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
         """See Engine."""
-        self._model.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        targets = 0
-        for batch in micro_batches:
-            loss += self._model(batch.to(self._device))[0]
-            targets += batch.target_count
-        return EvaluationResult(loss_sum=float(loss), target_count=targets)
+        loss, targets = sum_losses(self._model.eval(), micro_batches, self._device).tolist()
+        return EvaluationResult(loss_sum=loss, target_count=int(targets))
 
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """See Engine."""

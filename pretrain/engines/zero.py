@@ -21,6 +21,7 @@ from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.zero_state import LocalRun, ReplicatedState, zero_state
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
+from pretrain.models.evaluation import sum_losses
 from pretrain.models.training_model import TrainingModel
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.random_streams import stream_seed
@@ -108,14 +109,10 @@ class ZeroEngine:
     def _counters(self) -> dict[str, float]:
         return {"loss_scale": float(self._engine.optimizer.loss_scale)} if self._config.precision == "fp16" else {}
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
         """See Engine."""
         self._engine.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for batch in micro_batches:
-            sums[0] += self._engine(batch.to(self._device))[0]
-            sums[1] += batch.target_count
+        sums = sum_losses(self._engine, micro_batches, self._device)
         loss, targets = distributed.all_reduce_sum(sums).tolist()
         return EvaluationResult(loss_sum=loss, target_count=int(targets))
 

@@ -35,6 +35,7 @@ class Case:
     global_batch_size: int = 8
     clip_norm: float = 0.5
     z_loss: float = 1e-3
+    seed: int = 3
     poisoned_step: int | None = None  # the step whose loss is made non-finite on rank 0
 
     @property
@@ -43,7 +44,7 @@ class Case:
         return RunConfig.model_validate(
             {
                 "name": "case",
-                "seed": 3,
+                "seed": self.seed,
                 "model": {
                     "model_type": self.model_type,
                     "vocab_size": VOCABULARY,
