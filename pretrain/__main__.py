@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import click
 import typer
@@ -31,6 +31,13 @@ Overrides = Annotated[
 Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="A run folder, a checkpoint folder, or a Hugging Face model folder.")
 ]
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint folder.")]
+
+checkpoint_app = typer.Typer(
+    help="Look at the checkpoints of a run; nothing is changed.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 @app.command()
@@ -79,27 +86,64 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to continue; may be given several times.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this.")] = 0.95,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Sample from the likeliest tokens up to this.")] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: from all.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")] = 0,
 ) -> None:
     """Continue prompts."""
-    from pretrain import run as composition
+    from pretrain.inference.generate import Sampling, generate_from
 
-    code = composition.generate(
-        source, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    raise typer.Exit(code)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    texts = generate_from(source, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    print("\n\n".join(start + text for start, text in zip(prompt, texts, strict=True)))
 
 
 @app.command()
 def export(
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Stored type of the weights.")] = "bf16",
 ) -> None:
     """Write a Hugging Face folder, and check that transformers loads it with equal logits."""
-    from pretrain import run as composition
+    from pretrain.export import export_source
 
-    raise typer.Exit(composition.export(source, output))
+    print(export_source(source, output, dtype=dtype))
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run: RunFolder) -> None:
+    """Every checkpoint of a run, the last written at the end."""
+    from pretrain.checkpoint.commands import list_lines
+
+    for line in list_lines(run):
+        print(line)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: RunFolder) -> None:
+    """Read every byte of a checkpoint, or of all of a run, and compare size and hash."""
+    from pretrain.checkpoint.commands import verify_lines
+
+    for line in verify_lines(run):
+        print(line)
+
+
+@checkpoint_app.command("inspect")
+def checkpoint_inspect(run: RunFolder) -> None:
+    """Show what a checkpoint holds, as JSON."""
+    from pretrain.checkpoint.commands import inspect_lines
+
+    for line in inspect_lines(run):
+        print(line)
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(first: RunFolder, second: RunFolder) -> None:
+    """Show what differs between two checkpoints: settings, progress, and each tensor's largest change."""
+    from pretrain.checkpoint.commands import diff_lines
+
+    for line in diff_lines(first, second):
+        print(line)
 
 
 def main() -> None:

@@ -48,6 +48,14 @@ class ExportReport:
     files: int
     rounding: float  # root mean square change of logits by the stored type, relative to the master weights' logits
 
+    def __str__(self) -> str:
+        gigabytes = self.bytes / 1e9
+        return (
+            f"{self.folder}: step {self.step}, {self.tensors} tensors, {gigabytes:.3f} GB in {self.files} file(s)\n"
+            "checked: transformers loads it, with tensors and logits equal to the checkpoint's; "
+            f"rounding to the stored type changed the logits by {self.rounding:.2g} of their size"
+        )
+
 
 def export_source(
     source: Path, output: Path, *, dtype: StoredType = "bf16", shard_bytes: int = SHARD_BYTES

@@ -46,10 +46,13 @@ def generate_from(
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> list[str]:
-    """Load a model and continue each prompt; see `continue_prompts` and `load_source`."""
+    """Load a model and continue each prompt; by default in bf16 on the GPU where there is one, else in fp32."""
+    has_gpu = torch.cuda.is_available()
+    device = device or ("cuda" if has_gpu else "cpu")
+    dtype = dtype or (torch.bfloat16 if has_gpu else torch.float32)
     model = load_source(source, dtype=dtype, device=device)
     return continue_prompts(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 

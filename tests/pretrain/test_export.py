@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pretrain import export, export_check
+from pretrain.__main__ import run_command_line
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.export import export_source
@@ -189,3 +190,19 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(CheckpointError, match="No space left"):
         export_source(tmp_path / "run", tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_commands_write_text_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", build_network("llama"))
+    run, output = str(tmp_path / "run"), str(tmp_path / "out")
+    assert run_command_line(["export", run, "--output", output, "--dtype", "fp32"]) == 0
+    assert "tensors and logits equal" in capsys.readouterr().out
+    assert run_command_line(["export", run, "--output", output]) == 64
+    words = ["--prompt", SENTENCES[0], "--prompt", "rain", "--max-new-tokens", "5", "--temperature", "0"]
+    assert run_command_line(["generate", output, *words]) == 0
+    from_folder = capsys.readouterr().out
+    assert from_folder.startswith(SENTENCES[0])
+    assert "\n\nrain" in from_folder
+    assert run_command_line(["generate", run, *words]) == 0
+    assert capsys.readouterr().out == from_folder
+    assert run_command_line(["generate", run, *words, "--top-p", "0"]) == 64
