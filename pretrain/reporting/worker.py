@@ -81,11 +81,10 @@ class Worker:
         ended = not self._thread.is_alive()
         left = self._dropped if ended else self._dropped + len(self._queue)
         if left or not ended:
+            busy_since = self._busy_since
+            state = "closed" if busy_since is None else f"no answer for {time.monotonic() - busy_since:.0f} s"
             logger.warning(
-                "%s: %s, %d lines were not delivered; metrics.jsonl has them",
-                self.destination.name,
-                "closed" if ended else "still busy at the end",
-                left,
+                "%s: %s, %d lines were not delivered; metrics.jsonl has them", self.destination.name, state, left
             )
         return ended
 
@@ -154,6 +153,7 @@ class Worker:
             self._queue.clear()
         if not self._open:
             return
+        self._busy_since = time.monotonic()
         try:
             self.destination.close(self._outcome or "finished")
         except Exception as error:

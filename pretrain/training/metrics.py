@@ -14,8 +14,7 @@ import psutil
 import torch
 
 from pretrain.engines.base import StepResult
-
-Value = float | int | bool
+from pretrain.reporting.record import Value
 
 
 class StepMeter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -37,6 +38,13 @@ def report(reporter: Reporter, steps: range) -> None:
             reporter.report(step, {"validation/main/loss": 11.0 / step})
 
 
+def wait_until(claim: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not claim():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+
+
 def run_ids(client: object, experiment: str = "athanor") -> list[str]:
     found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])  # type: ignore[attr-defined]
     return [run.info.run_id for run in found]
@@ -50,21 +58,13 @@ def test_a_resumed_run_is_one_run_with_every_step_once(
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     reporter = start(make_config(mlflow=True))
     report(reporter, range(1, 11))
-    client = None
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:  # until MLflow's own thread has logged something of the machine
-        state = reporter.tracker_state()
-        if "mlflow_run_id" in state:
-            client = client or MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
-            if any(name.startswith("system/cpu") for name in client.get_run(state["mlflow_run_id"]).data.metrics):
-                break
-        time.sleep(0.05)
+    client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    wait_until(lambda: "mlflow_run_id" in reporter.tracker_state())
+    run_id = reporter.tracker_state()["mlflow_run_id"]
+    wait_until(lambda: any(name.startswith("system/cpu") for name in client.get_run(run_id).data.metrics))
     reporter.close(outcome="stopped")
-    assert client is not None
-    (run_id,) = run_ids(client)
     first = client.get_run(run_id)
     assert first.info.status == "KILLED"
-    assert any(name.startswith("system/cpu") for name in first.data.metrics)
     assert first.data.params["optimizer.learning_rate"] == "0.001"
     assert first.data.params["reporting.mlflow"] == "true"
     assert "reporting.mlflow_uri" not in first.data.params
@@ -73,6 +73,7 @@ def test_a_resumed_run_is_one_run_with_every_step_once(
     changed = changed.model_copy(update={"seed": 5})
     again = start(changed, resume_from=8, state=reporter.tracker_state())
     report(again, range(9, 13))
+    wait_until(lambda: client.get_run(run_id).info.status == "RUNNING")
     again.close()
     assert run_ids(client) == [run_id]
     for name, steps in (("loss", range(1, 13)), ("bits_byte", range(1, 13)), ("validation/main/loss", range(4, 13, 4))):
@@ -145,7 +146,7 @@ def test_a_server_that_never_answers_holds_nobody_up(
     report(reporter, range(6, 21))  # each would wait for MLflow's 120 s if it went through it
     reporter.close(timeout_seconds=0.0)
     assert [line["step"] for line in read_metrics(Path("run/metrics.jsonl")) if "loss" in line] == list(range(1, 21))
-    assert "mlflow: still busy at the end, 25 lines were not delivered; metrics.jsonl has them" in caplog.text
+    assert re.search(r"mlflow: no answer for \d+ s, 25 lines were not delivered; metrics.jsonl has them", caplog.text)
     assert "mlflow_run_id" not in reporter.tracker_state()
 
 
