@@ -51,10 +51,12 @@ class DocumentTokenizer:
         self._tokenizer.encode_special_tokens = True  # special tokens in a text are text
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocabulary_size = max(vocabulary.values()) + 1
-        self.eos_token = _find_eos(file, vocabulary, eos_token)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        marked = {token.content for token in added if token.special}
+        self.eos_token = _find_eos(file, vocabulary, marked, eos_token)
         self.eos_id = vocabulary[self.eos_token]
         self.identity = TokenizerIdentity(name=file.resolve().parent.name, sha256=hashlib.sha256(content).hexdigest())
-        self._special = self._special_tokens(content, vocabulary)
+        self._special = sorted(({*marked, self.eos_token} - self._unknown_tokens(content)) & set(vocabulary))
         self._is_special = np.zeros(self.vocabulary_size, bool)
         self._is_special[[vocabulary[token] for token in self._special]] = True
 
@@ -78,11 +80,9 @@ class DocumentTokenizer:
         """Copy the tokenizer into a new folder; its configuration will name the EOS token."""
         folder.mkdir()
         shutil.copyfile(self.file, folder / TOKENIZER_FILE)
-        for name in (CONFIG_FILE, "special_tokens_map.json", "chat_template.jinja"):
-            if (self.file.parent / name).is_file():
-                shutil.copyfile(self.file.parent / name, folder / name)
-        if not (folder / CONFIG_FILE).exists():
-            write_config(folder, self.eos_token)
+        if (self.file.parent / CONFIG_FILE).is_file():
+            shutil.copyfile(self.file.parent / CONFIG_FILE, folder / CONFIG_FILE)
+        write_config(folder, self.eos_token)
 
     def _encode_in_pieces(self, text: str) -> NDArray[np.int32]:
         """Encode a text in which the model itself reads a special token, by cutting every such token in two.
@@ -102,15 +102,11 @@ class DocumentTokenizer:
             )
         return ids
 
-    def _special_tokens(self, content: bytes, vocabulary: dict[str, int]) -> list[str]:
-        """Return the tokens that no text may produce: EOS and all special ones, but for the unknown token."""
+    def _unknown_tokens(self, content: bytes) -> set[str | None]:
+        """Return the unknown token: a special one that texts may well produce."""
         model: dict[str, Any] = json.loads(content)["model"]
-        unknown = {model.get("unk_token")}
-        if isinstance(model.get("unk_id"), int):
-            unknown.add(self._tokenizer.id_to_token(model["unk_id"]))
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        special = {token.content for token in added if token.special} | {self.eos_token}
-        return sorted(token for token in special - unknown if token in vocabulary)
+        number = model.get("unk_id")
+        return {model.get("unk_token"), None if number is None else self._tokenizer.id_to_token(number)}
 
 
 def load_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenizer:
@@ -130,18 +126,19 @@ def load_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
 
 
 def write_config(folder: Path, eos_token: str) -> None:
-    """Write what transformers' AutoTokenizer needs beside tokenizer.json to know the EOS token."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": eos_token,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """Write what transformers' AutoTokenizer needs beside tokenizer.json to know the EOS token; keep the rest of it."""
+    path = folder / CONFIG_FILE
+    if path.exists():
+        config = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config["eos_token"] = eos_token
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _find_eos(file: Path, vocabulary: dict[str, int], eos_token: str | None) -> str:
-    """Take the EOS token that was asked for, else the configured one, else a usual one that the vocabulary holds."""
-    candidates: Sequence[str] = USUAL_EOS_TOKENS
+def _find_eos(file: Path, vocabulary: dict[str, int], marked: set[str], eos_token: str | None) -> str:
+    """Take the EOS token that was asked for, else the configured one, else a usual one that is marked as special."""
+    candidates: Sequence[str] = [token for token in USUAL_EOS_TOKENS if token in marked] or USUAL_EOS_TOKENS
     config = file.parent / CONFIG_FILE
     if eos_token is not None:
         candidates = (eos_token,)
@@ -151,9 +148,8 @@ def _find_eos(file: Path, vocabulary: dict[str, int], eos_token: str | None) -> 
             configured = configured.get("content")
         if configured:
             candidates = (configured,)
-    for candidate in candidates:
-        if candidate in vocabulary:
-            return candidate
+    if candidates is not USUAL_EOS_TOKENS and candidates[0] in vocabulary:
+        return candidates[0]
     raise InputError(
         f"{file} has none of these as an end-of-document token: {', '.join(candidates)}",
         "a tokenizer that names an eos_token of its vocabulary",
