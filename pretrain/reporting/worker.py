@@ -93,7 +93,7 @@ class Worker:
         refusals = 0  # of the records at the head of the queue, each right after a good open
         while self._wait_for_records():
             batch = self._head()
-            was_open = self._open
+            was_open, is_last_try = self._open, self._outcome is not None
             try:
                 self._deliver(batch)
             except Exception as error:  # whatever a client library raises must not reach training
@@ -103,7 +103,7 @@ class Worker:
                 if refusals >= 2:  # the server is there and refuses these very records
                     self._forget(batch, dropped=True)
                     refusals = 0
-                if self._outcome is not None:  # that was the last try
+                if is_last_try:
                     break
                 self._sleep_until_close(retry_seconds)
                 retry_seconds = min(2 * retry_seconds, LONGEST_RETRY_SECONDS)
