@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -44,7 +45,7 @@ def resolve_model_config(model: ModelSection, *, sequence_length: int, attention
     given = _own_names(config_class, values) | _own_names(config_class, model.fields)
     try:
         config = config_class(**given)
-    except (ValueError, TypeError, KeyError) as error:  # huggingface_hub's strict dataclass errors are of these kinds
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             Problem(f"model: {error}", "values that the family's configuration accepts", "change the field")
         ) from error

@@ -21,8 +21,28 @@ logger = logging.getLogger(__name__)
 
 # Model types whose logits are exactly head(hidden): tests compare each with the model's own logits.
 PLAIN_HEAD_TYPES = frozenset(
-    """llama mistral qwen2 qwen3 gpt2 gpt_neox olmo olmo2 olmo3 phi phi3 gemma starcoder2 stablelm smollm3 glm glm4
-    mixtral qwen3_moe olmoe""".split()
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gpt2",
+        "gpt_neox",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "phi",
+        "phi3",
+        "gemma",
+        "starcoder2",
+        "stablelm",
+        "smollm3",
+        "glm",
+        "glm4",
+        "mixtral",
+        "qwen3_moe",
+        "olmoe",
+    }
 )
 PREFIX = "network."
 
@@ -38,7 +58,7 @@ class TrainingModel(nn.Module):
         self._layers = list(decoder_layers(network))  # a plain list: registered once, below the network
         self._has_checked_borders = False
         if execution.recomputation == "full":
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _enable_recomputation(network)
         if execution.compile:
             for layer in self._layers:
                 layer.compile(dynamic=False)
@@ -83,6 +103,21 @@ class TrainingModel(nn.Module):
         fused = OutputHead.from_linear(head, chunk_tokens=loss.chunk_tokens, z_loss_weight=loss.z_loss)
         self.network.set_output_embeddings(fused)
         return True
+
+
+def _enable_recomputation(network: PreTrainedModel) -> None:
+    if not network.supports_gradient_checkpointing:
+        raise ConfigError(
+            Problem(
+                f"execution.recomputation is full, but {type(network).__name__} cannot recompute its layers",
+                "none",
+                "set execution.recomputation: none",
+            )
+        )
+    # transformers 5.23 renamed it and warns at the old name, which its older versions need.
+    old_name = "gradient_checkpointing_enable"
+    enable = getattr(network, "activation_checkpointing_enable", None) or getattr(network, old_name)
+    enable({"use_reentrant": False})
 
 
 def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +22,7 @@ from pretrain.models.initialization import Gather, no_gather
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CHANGE = "check that model.weights and the model's fields belong together"
 
 
 @torch.no_grad()
@@ -26,17 +30,18 @@ def load_weights(network: PreTrainedModel, folder: Path, *, gather: Gather = no_
     """Write every parameter in place from the folder; collective where `gather` is.
 
     Raises:
-        ConfigError: no safetensors there, or names or shapes that do not fit the model, all of them named.
+        ConfigError: no readable safetensors there, or names or shapes that do not fit the model, all of them named.
     """
     sources = _match(network, _file_of_each_tensor(folder))
     problems = []
-    for path in sorted({path for path, _, _ in sources}):
-        with safe_open(path, framework="pt") as file:
-            for _, stored, parameter in (source for source in sources if source[0] == path):
+    for path, tensors in sources.items():
+        with _opened(path) as file:
+            for stored, parameter in tensors:
                 shape = tuple(file.get_slice(stored).get_shape())
-                wanted = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                wanted = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor
                 if shape != wanted:
-                    problems.append(Problem(f"{stored} in {path} is {shape}", f"{wanted}", "change the model's fields"))
+                    found = f"{stored} in {path} has shape {shape}"
+                    problems.append(Problem(found, f"{wanted}, the model's", "change the model's fields"))
                 elif not problems:
                     with gather([parameter]):
                         parameter.copy_(file.get_tensor(stored))
@@ -44,44 +49,55 @@ def load_weights(network: PreTrainedModel, folder: Path, *, gather: Gather = no_
         raise ConfigError(*problems)
 
 
-def _file_of_each_tensor(folder: Path) -> dict[str, Path]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        if (folder / INDEX_FILE).exists():
-            names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-            return {name: folder / file for name, file in names.items()}
-        with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        Problem(
+            f"model.weights: {path}: {error}",
+            f"a folder with whole safetensors files: {SINGLE_FILE}, or {INDEX_FILE} and what it names",
+            "copy the folder again, or convert it to safetensors (pickled .bin files are not read)",
+        )
+    )
+
+
+def _file_of_each_tensor(folder: Path) -> dict[str, Path]:
+    index = folder / INDEX_FILE
+    if not index.exists():
+        with _opened(folder / SINGLE_FILE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE_FILE)
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            Problem(
-                f"model.weights {folder}: {error}",
-                f"{SINGLE_FILE}, or {INDEX_FILE} and its files",
-                "convert the weights to safetensors (pickled .bin files are not read)",
-            )
-        ) from error
+        raise _unreadable(index, error) from error
+    return {name: folder / file for name, file in names.items()}
 
 
-def _match(network: PreTrainedModel, files: dict[str, Path]) -> list[tuple[Path, str, nn.Parameter]]:
+def _match(network: PreTrainedModel, files: dict[str, Path]) -> dict[Path, list[tuple[str, nn.Parameter]]]:
+    """File -> (stored name, parameter) of all that it holds for the model."""
     prefix = network.base_model_prefix + "."
-    # Folders saved from the base model alone, such as the first GPT-2, lack the prefix.
-    names = {name if name.startswith(prefix) or name.startswith("lm_head") else prefix + name: name for name in files}
-    known = dict(network.named_parameters(remove_duplicate=False))
+    known = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in network.named_buffers()}
+    # Folders saved from the base model alone, as the first GPT-2's, lack its prefix.
+    stored_names = {name if name in known or prefix + name not in known else prefix + name: name for name in files}
     wanted = dict(network.named_parameters())
-    missing = [name for name in wanted if name not in names]
     ignored = re.compile("|".join(network._keys_to_ignore_on_load_unexpected or ()) or r"(?!)")
-    buffers = {name for name, _ in network.named_buffers()}
-    unexpected = [
-        name for name in names if name not in known and name not in buffers and not ignored.search(names[name])
-    ]
+    missing = [name for name in wanted if name not in stored_names]
+    unexpected = [name for name in stored_names if name not in known and not ignored.search(name)]
     if missing or unexpected:
         raise ConfigError(
-            *(
-                Problem(f"{name} is not in the folder", "every parameter of the model", "check the folder")
-                for name in missing
-            ),
-            *(
-                Problem(f"{name} in the folder is no parameter of the model", "only the model's", "check the fields")
-                for name in unexpected
-            ),
+            *(Problem(f"{name} is not in the folder", "every parameter of the model", CHANGE) for name in missing),
+            *(Problem(f"{name} is no parameter of the model", "only the model's", CHANGE) for name in unexpected),
         )
-    return [(files[names[name]], names[name], parameter) for name, parameter in wanted.items()]
+    sources: dict[Path, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in wanted.items():
+        stored = stored_names[name]
+        sources.setdefault(files[stored], []).append((stored, parameter))
+    return sources
