@@ -126,40 +126,27 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
 }
 
 
-def choose_engine(config: RunConfig, world_size: int, environment_engine: str | None = None) -> str:
+def choose_engine(config: RunConfig, world_size: int) -> str:
     """The engine that `parallel.engine: auto` means, or the one that is named.
 
-    `environment_engine` is what the launcher's own variables ask for (distributed.py reads them): it decides `auto`.
     One process is `plain` unless something was asked for that only DeepSpeed does.
     """
     parallel = config.parallel
     if parallel.engine != "auto":
         return parallel.engine
-    if environment_engine is not None:
-        return environment_engine
     wants_deepspeed = parallel.deepspeed_config is not None or parallel.zero_stage != 1 or config.precision == "fp16"
     return "zero" if world_size > 1 or wants_deepspeed else "plain"
 
 
-def find_conflicts(config: RunConfig, world_size: int, environment_engine: str | None = None) -> list[Problem]:
+def find_conflicts(config: RunConfig, world_size: int) -> list[Problem]:
     """Every pair of settings of this run that the table refuses."""
-    engine = choose_engine(config, world_size, environment_engine)
-    run = Choice(config=config, engine=engine, world_size=world_size)
+    run = Choice(config=config, engine=choose_engine(config, world_size), world_size=world_size)
     used = {feature for feature, is_used in USES.items() if is_used(run)}
-    problems = [
+    return [
         Problem(f"{describe_pair(pair)}: {refusal.reason}", refusal.allowed, refusal.change)
         for pair, refusal in REFUSED.items()
         if used.issuperset(pair)
     ]
-    if environment_engine is not None and engine != environment_engine:
-        problems.append(
-            Problem(
-                f"parallel.engine is {engine}, the launcher asks for {environment_engine}",
-                "one engine",
-                f"set parallel.engine={environment_engine} or auto, or start without the launcher's own engine choice",
-            )
-        )
-    return problems
 
 
 def describe_pair(pair: tuple[Feature, Feature]) -> str:

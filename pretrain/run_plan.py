@@ -5,19 +5,23 @@ The one gate that `pretrain check` and `pretrain train` share. Prints nothing an
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pretrain.batch_plan import BatchPlan, build_batch_plan
 from pretrain.compatibility import choose_engine, find_conflicts
 from pretrain.config import RunConfig
+from pretrain.engines.deepspeed_config import ownership_problems, read_deepspeed_file
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.architecture import Architecture, UnknownFamily, resolve_architecture
 from pretrain.models.flops import TokenFlops, count_flops
-from pretrain.models.memory import Buffers, Layout, MemoryEstimate, estimate_memory
+from pretrain.models.memory import Buffers, Layout, MemoryEstimate, Step, estimate_memory
 from pretrain.models.parameter_count import ParameterCount, count_parameters
 from pretrain.topology import Topology, build_topology
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,92 +38,107 @@ class RunPlan:
     warnings: tuple[str, ...]
 
 
-def plan_run(config: RunConfig, world_size: int, environment_engine: str | None = None) -> RunPlan:
+def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     """Work out the plan.
 
     Raises:
-        ConfigError: with every problem of the model, the batch, the layout and their combination.
+        ConfigError: with every problem of the model, the batch, the layout, the DeepSpeed file and their combination.
     """
-    problems = list(find_conflicts(config, world_size, environment_engine))
-    engine = choose_engine(config, world_size, environment_engine)
-    parallel = config.parallel
-    topology = architecture = batch = buffers = None
+    problems = find_conflicts(config, world_size)
+    engine, parallel, length = choose_engine(config, world_size), config.parallel, config.batch.sequence_length
     warnings = list(_missing_folders(config))
-    try:
-        topology = build_topology(
+    topology = _attempt(
+        problems,
+        lambda: build_topology(
             world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence
-        )
-        batch = build_batch_plan(config.batch, config.schedule, topology.data)
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        architecture = resolve_architecture(config.model, config.batch.sequence_length)
-    except UnknownFamily as error:
-        raise NotImplementedError from error
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        buffers = read_buffers(parallel.deepspeed_config)
-    except ConfigError as error:
-        problems += error.problems
-    if problems or topology is None or batch is None or architecture is None or buffers is None:
+        ),
+    )
+    # without a layout, one data rank still shows faults that no layout mends
+    data_parallel_size = topology.data if topology else 1
+    batch = _attempt(problems, lambda: build_batch_plan(config.batch, config.schedule, data_parallel_size))
+    model = _attempt(problems, lambda: _shape_and_count(config, warnings))
+    file = _attempt(problems, lambda: _deepspeed_values(config, problems))
+    if problems or topology is None or batch is None or model is None or file is None:
         raise ConfigError(*problems)
+    architecture, parameters = model
+    layout = Layout(
+        engine=engine,
+        zero_stage=parallel.zero_stage,
+        data=topology.data,
+        tensor=topology.tensor,
+        pipeline=topology.pipeline,
+        sequence=topology.sequence,
+        buffers=read_buffers(file, parallel.zero_stage),
+    )
+    step = Step(
+        precision=config.precision,
+        micro_batch_size=config.batch.micro_batch_size,
+        sequence_length=length,
+        recomputes=config.execution.recomputation == "full",
+        chunk_tokens=config.loss.chunk_tokens,
+    )
     return RunPlan(
         engine=engine,
         topology=topology,
         batch=batch,
         architecture=architecture,
-        parameters=count_parameters(architecture),
-        flops=count_flops(architecture, config.batch.sequence_length),
-        memory=estimate_memory(
-            architecture,
-            Layout(
-                engine=engine,
-                zero_stage=parallel.zero_stage,
-                data=topology.data,
-                tensor=topology.tensor,
-                pipeline=topology.pipeline,
-                sequence=topology.sequence,
-                buffers=buffers,
-            ),
-            precision=config.precision,
-            micro_batch_size=config.batch.micro_batch_size,
-            sequence_length=config.batch.sequence_length,
-            recomputes=config.execution.recomputation == "full",
-            chunk_tokens=config.loss.chunk_tokens,
-        ),
+        parameters=parameters,
+        flops=count_flops(architecture, parameters, length),
+        memory=estimate_memory(architecture, parameters, layout, step),
         warnings=tuple(warnings),
     )
 
 
-def read_buffers(path: str | None) -> Buffers:
-    """The sizes of a DeepSpeed file that cost memory; DeepSpeed's defaults where it does not say.
-
-    Raises:
-        ConfigError: the file is not readable JSON.
-    """
-    if path is None:
-        return Buffers()
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (OSError, ValueError, AttributeError) as error:
-        found = f"parallel.deepspeed_config: {path}: {error}"
-        raise ConfigError(
-            Problem(found, "a JSON file of DeepSpeed keys, as in ds_configs/", "check the path")
-        ) from error
+def read_buffers(file_values: Mapping[str, Any], zero_stage: int) -> Buffers:
+    """The sizes of a DeepSpeed file that cost memory; DeepSpeed's own defaults where it does not say."""
+    values = file_values.get("zero_optimization", {})
     default = Buffers()
     return Buffers(
         reduce_bucket_size=_number(values.get("reduce_bucket_size"), default.reduce_bucket_size),
-        overlap_comm=bool(values.get("overlap_comm", default.overlap_comm)),
+        overlap_comm=bool(values.get("overlap_comm", zero_stage == 3)),
         max_live_parameters=_number(values.get("stage3_max_live_parameters"), default.max_live_parameters),
     )
 
 
 def _number(value: object, default: int) -> int:
-    return int(value) if isinstance(value, (int, float)) else default  # "auto" and absence leave the default
+    return int(value) if isinstance(value, int | float) else default  # "auto" and absence leave the default
 
 
-def _missing_folders(config: RunConfig) -> list[str]:
+def _attempt(problems: list[Problem], work: Callable[[], Result]) -> Result | None:
+    """The result, or None after its problems were noted, so that the other parts are looked at as well."""
+    try:
+        return work()
+    except ConfigError as error:
+        problems += error.problems
+        return None
+
+
+def _shape_and_count(config: RunConfig, warnings: list[str]) -> tuple[Architecture, ParameterCount]:
+    try:
+        shape = resolve_architecture(config.model, config.batch.sequence_length)
+    except UnknownFamily as family:
+        from pretrain.models.built_shape import measure_model  # imports torch and transformers
+
+        warnings.append(
+            f"model_type {family} is not in pretrain/models/families.py: parameters were counted on a model built "
+            "without memory (slow), activations are estimated as a Llama's"
+        )
+        return measure_model(config.model, config.batch.sequence_length)
+    return shape, count_parameters(shape)
+
+
+def _deepspeed_values(config: RunConfig, problems: list[Problem]) -> dict[str, Any]:
+    path = config.parallel.deepspeed_config
+    if path is None:
+        return {}
+    values = read_deepspeed_file(path)
+    problems += ownership_problems(values, path, config)
+    return values
+
+
+def _missing_folders(config: RunConfig) -> Iterator[str]:
     places = {f"data.train[{index}]": source.path for index, source in enumerate(config.data.sources)}
     places |= {f"data.validation.{name}": path for name, path in config.data.validation.items()}
-    return [f"{place}: {path} is not a folder here" for place, path in places.items() if not Path(path).is_dir()]
+    for place, path in places.items():
+        if not Path(path).is_dir():
+            yield f"{place}: {path} is not a folder here"

@@ -37,6 +37,7 @@ class Architecture:
     learned_positions: bool = False
     gated_mlp: bool = True
     norm_bias: bool = False
+    fp32_norm_scale: bool = False
     query_bias: bool = False  # on the query, key and value projections
     output_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
@@ -47,6 +48,7 @@ class Architecture:
     sparse_layers: int = 0
     window: int | None = None  # tokens; sliding-window attention
     window_layers: int = 0
+    chunked_loss: bool = True  # the logits are exactly head(hidden), so that the loss is made in chunks of tokens
 
     @property
     def attention_width(self) -> int:
@@ -144,6 +146,7 @@ def _from_fields(model_type: str, family: Family, fields: Mapping[str, Any]) -> 
         learned_positions=family.learned_positions,
         gated_mlp=family.gated_mlp,
         norm_bias=family.norm_bias,
+        fp32_norm_scale=family.fp32_norm_scale,
         query_bias=biased or family.always_query_bias or attention_bias,
         output_bias=biased or attention_bias,
         mlp_bias=biased or bool(value.get("mlp_bias", False)),

@@ -22,6 +22,7 @@ class Family:
     learned_positions: bool = False
     gated_mlp: bool = True  # gate, up and down instead of up and down
     norm_bias: bool = False  # LayerNorm instead of RMSNorm
+    fp32_norm_scale: bool = False  # the norm's weight multiplies before the result is rounded
     query_key_norm: QueryKeyNorm = "none"
     always_query_bias: bool = False  # q, k, v carry biases whatever attention_bias says
     always_biased: bool = False  # every linear of the block has a bias
@@ -140,6 +141,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         other_fields=_COMMON,
         query_key_norm="full_width",
+        fp32_norm_scale=True,
     ),
     "mixtral": Family(
         shape_defaults={

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pretrain.models.architecture import Architecture
-from pretrain.models.parameter_count import count_parameters
+from pretrain.models.parameter_count import ParameterCount
 
 # Dense bf16/fp16 rates with fp32 accumulation, FLOP/s, without structured sparsity. Source: the vendors' data sheets
 # (NVIDIA A100, H100 SXM and PCIe, H200, L40S, L4, A10, V100, B200; AMD MI250X, MI300X). Names as torch reports them.
@@ -60,7 +60,7 @@ class TokenFlops:
         return self.training + self.layers_forward
 
 
-def count_flops(shape: Architecture, sequence_length: int) -> TokenFlops:
+def count_flops(shape: Architecture, count: ParameterCount, sequence_length: int) -> TokenFlops:
     """FLOPs per token of rows of `sequence_length` tokens.
 
     Linear layers: 2 x active matmul weights forward and 4 x backward, so 6 N in training (Kaplan et al. 2020,
@@ -69,7 +69,6 @@ def count_flops(shape: Architecture, sequence_length: int) -> TokenFlops:
     halving). A causal token sees (T + 1) / 2 keys on average, fewer in a sliding window. Packed rows of short
     documents need less: this is the count of one document a row. Norms, activations and softmax are left out.
     """
-    count = count_parameters(shape)
     linear = 2 * count.matmul_weights
     full = shape.layers - shape.window_layers
     visible_keys = full * _visible_keys(sequence_length, None) + shape.window_layers * _visible_keys(

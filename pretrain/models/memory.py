@@ -1,7 +1,7 @@
 """Bytes that one rank needs while it trains, by component.
 
 An estimate before launch, from shapes alone: allocator rounding, kernels' work space and the framework itself (about
-1 to 2 GiB on a GPU) come on top. Tests compare the state with the engines and the activations with what autograd keeps.
+1 to 2 GiB on a GPU) come on top. What one layer keeps for backward is activations.py's.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from pretrain.models.activations import FP32_BYTES, layer_bytes_per_token, norm_bytes
 from pretrain.models.architecture import Architecture
-from pretrain.models.parameter_count import count_parameters
+from pretrain.models.parameter_count import ParameterCount
 
 Precision = Literal["fp32", "bf16", "fp16"]
-FP32_BYTES = 4
 MOMENTS = 2  # of AdamW
 
 
@@ -22,7 +22,7 @@ class Buffers:
     """DeepSpeed's own limits that cost memory, in elements; its documented defaults."""
 
     reduce_bucket_size: int = 500_000_000
-    overlap_comm: bool = True  # a second bucket is filled while the first is sent
+    overlap_comm: bool = False  # a second bucket is filled while the first is sent
     max_live_parameters: int = 1_000_000_000  # stage 3: gathered weights
 
 
@@ -38,112 +38,119 @@ class Layout:
     sequence: int = 1  # ranks
     buffers: Buffers = Buffers()
 
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage, 0 where the engine has none."""
+        return self.zero_stage if self.engine == "zero" else 0
+
+    @property
+    def shards(self) -> int:
+        """Ranks that ZeRO cuts the state by."""
+        return self.data * self.sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one forward of one rank computes."""
+
+    precision: Precision
+    micro_batch_size: int  # rows
+    sequence_length: int  # tokens
+    recomputes: bool
+    chunk_tokens: int  # tokens whose logits exist at one time
+
+    @property
+    def low(self) -> int:
+        """Bytes of a number that forward computes with."""
+        return FP32_BYTES if self.precision == "fp32" else 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """Bytes of one rank (the fullest one)."""
 
     weights: int  # what forward reads
-    gathered_weights: int  # ZeRO 3: whole layers while they compute
+    gathered_weights: int  # ZeRO 3: whole modules while they compute
     gradients: int
     master_weights: int  # fp32 copies that the optimizer updates
     moments: int
     communication: int  # reduction buckets
     activations: int  # kept for backward
-    logits: int  # of one loss chunk
+    logits: int  # logits of one loss chunk, and the output head's gradient
 
     @property
     def total(self) -> int:
         """All components."""
         return sum(getattr(self, component.name) for component in fields(self))
 
-    @property
-    def state(self) -> int:
-        """What stays between steps."""
-        return self.weights + self.gradients + self.master_weights + self.moments
 
-
-def estimate_memory(
-    shape: Architecture,
-    layout: Layout,
-    *,
-    precision: Precision,
-    micro_batch_size: int,
-    sequence_length: int,
-    recomputes: bool,
-    chunk_tokens: int,
-) -> MemoryEstimate:
+def estimate_memory(shape: Architecture, count: ParameterCount, layout: Layout, step: Step) -> MemoryEstimate:
     """Add up one rank's bytes.
 
-    State: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 3 and 5): per parameter, weights and gradients in
-    the training precision and fp32 master and two moments, cut by the data-parallel ranks from stage 1 (optimizer), 2
-    (gradients), 3 (weights) on. bf16 gradients are summed in fp32. Activations: see `activation_bytes`. Assumes sdpa or
-    flash attention, which keep no T x T matrix, and the chunked loss, which never holds the logits of all tokens.
+    State, after ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, sections 3 and 5): per parameter the weight in the
+    training precision, its gradient, and in fp32 a master and two moments; cut by the ranks from stage 1 (master and
+    moments), 2 (gradients) and 3 (weights) on. Gradients of bf16 weights are summed in fp32. Assumes sdpa or flash
+    attention, which keep no T x T matrix, and no compilation.
     """
-    low = FP32_BYTES if precision == "fp32" else 2
-    parameters = parameters_of_rank(shape, layout.tensor, layout.pipeline)
-    ranks = layout.data * layout.sequence
-    is_zero = layout.engine == "zero"
-    stage = layout.zero_stage if is_zero else 0
-    shard = -(-parameters // ranks)
+    parameters = parameters_of_rank(count, shape.layers, tensor=layout.tensor, pipeline=layout.pipeline)
+    shard = -(-parameters // layout.shards)
+    optimizer_share = shard if layout.stage >= 1 else parameters
     # without ZeRO, fp32 weights are their own masters; DeepSpeed's ZeRO optimizers keep a copy even then
-    has_masters = precision != "fp32" or stage > 0
-    gradient_bytes = 2 if precision == "fp16" else FP32_BYTES
-    tokens = micro_batch_size * sequence_length // layout.sequence
+    has_masters = step.precision != "fp32" or layout.stage > 0
+    gradient_bytes = 2 if step.precision == "fp16" else FP32_BYTES
     return MemoryEstimate(
-        weights=low * (shard if stage == 3 else parameters),
-        gathered_weights=low * min(parameters, layout.buffers.max_live_parameters) if stage == 3 else 0,
-        gradients=gradient_bytes * (shard if stage >= 2 else parameters),
-        master_weights=FP32_BYTES * (shard if stage else parameters) if has_masters else 0,
-        moments=MOMENTS * FP32_BYTES * (shard if stage else parameters),
-        communication=low
-        * min(parameters, layout.buffers.reduce_bucket_size)
-        * (2 if layout.buffers.overlap_comm else 1)
-        if is_zero and ranks > 1
-        else 0,
-        activations=activation_bytes(shape, layout, tokens=tokens, low=low, recomputes=recomputes),
-        logits=logit_bytes(shape.vocabulary_size, tokens=min(tokens, chunk_tokens), low=low),
+        weights=step.low * (shard if layout.stage == 3 else parameters),
+        gathered_weights=step.low * min(parameters, layout.buffers.max_live_parameters) if layout.stage == 3 else 0,
+        gradients=gradient_bytes * (shard if layout.stage >= 2 else parameters),
+        master_weights=FP32_BYTES * optimizer_share if has_masters else 0,
+        moments=MOMENTS * FP32_BYTES * optimizer_share,
+        communication=_communication_bytes(parameters, layout, step),
+        activations=_activation_bytes(shape, layout, step),
+        logits=_logit_bytes(shape, layout, step),
     )
 
 
-def parameters_of_rank(shape: Architecture, tensor: int, pipeline: int) -> int:
+def parameters_of_rank(count: ParameterCount, layers: int, *, tensor: int, pipeline: int) -> int:
     """Parameters of the fullest pipeline stage on one tensor rank: norms are whole, matrices and tables are split."""
-    count = count_parameters(shape)
-    layers = -(-shape.layers // pipeline)  # the fullest stage
+    fullest_stage = -(-layers // pipeline)
     split = (count.attention + count.dense_mlp + count.experts) // tensor
-    in_layers = (split + count.norms + count.routers) * layers // shape.layers
-    if pipeline == 1:
-        return in_layers + (count.embedding + count.head) // tensor + count.positions
-    return in_layers + count.embedding // tensor + count.positions
+    in_layers = (split + count.norms + count.routers) * fullest_stage // layers
+    tables = count.embedding + count.head if pipeline == 1 else count.embedding  # the head is the last stage's
+    return in_layers + tables // tensor + count.positions
 
 
-def activation_bytes(shape: Architecture, layout: Layout, *, tokens: int, low: int, recomputes: bool) -> int:
-    """Bytes kept for backward by one rank's micro-batches in flight.
+def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
+    if layout.engine != "zero" or layout.shards == 1:
+        return 0
+    sums_in_fp32 = step.precision == "bf16" and layout.stage == 1
+    buckets = 2 if layout.buffers.overlap_comm else 1
+    return buckets * min(parameters, layout.buffers.reduce_bucket_size) * (FP32_BYTES if sums_in_fp32 else step.low)
 
-    After Korthikanti et al. 2022 (arXiv:2205.05198, section 4), adapted to what transformers' layers keep: their norms
-    keep an fp32 copy of the input, a gated feed-forward keeps four intermediate tensors, and there is no dropout and no
-    T x T matrix. The first pipeline stage holds as many micro-batches as there are stages (its section 4.2.3).
+
+def _activation_bytes(shape: Architecture, layout: Layout, step: Step) -> int:
+    """Kept for backward by all micro-batches in flight.
+
+    Full recomputation keeps every layer's input and one layer whole. The first pipeline stage holds as many
+    micro-batches as there are stages (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3).
     """
-    layer = tokens * layer_bytes_per_token(shape, low=low, tensor=layout.tensor)
+    tokens = step.micro_batch_size * step.sequence_length // layout.sequence
     layers = -(-shape.layers // layout.pipeline)
-    hidden = tokens * shape.hidden_size * low
-    kept = layers * hidden + layer if recomputes else layers * layer
-    return kept * layout.pipeline + 2 * hidden
+    layer = layer_bytes_per_token(shape, low=step.low, tensor=layout.tensor)
+    inputs = shape.hidden_size * step.low
+    kept = layers * inputs + layer if step.recomputes else layers * layer
+    return tokens * (kept * layout.pipeline + norm_bytes(shape, shape.hidden_size, low=step.low))
 
 
-def layer_bytes_per_token(shape: Architecture, *, low: int, tensor: int) -> int:
-    """Bytes of one layer's tensors that backward reads, for one token."""
-    hidden = shape.hidden_size
-    attention = (3 * shape.attention_width + 2 * shape.key_value_width) * low // tensor
-    norms = 2 * hidden * (low if shape.norm_bias else FP32_BYTES + low)
-    inputs = 2 * hidden * low
-    sparse = shape.sparse_layers / shape.layers
-    intermediate = (1 - sparse) * shape.intermediate_size + sparse * shape.active_experts * (
-        shape.expert_intermediate_size
-    )
-    return norms + inputs + attention + round((4 if shape.gated_mlp else 5) * intermediate * low) // tensor
+def _logit_bytes(shape: Architecture, layout: Layout, step: Step) -> int:
+    """The loss's own memory: see loss.py.
 
-
-def logit_bytes(vocabulary_size: int, *, tokens: int, low: int) -> int:
-    """Logits of one loss chunk: in the training precision, and twice in fp32 (the values and their gradient)."""
-    return tokens * vocabulary_size * (low + 2 * FP32_BYTES)
+    In chunks: a chunk's logits as computed, in fp32, and their softmax, the gradient of the final hidden states and the
+    head's gradient, summed in fp32. Otherwise the logits of all tokens: as computed, in fp32, log-softmax, gradients.
+    """
+    tokens = step.micro_batch_size * step.sequence_length // layout.sequence
+    copies = 0 if step.precision == "fp32" else step.low
+    if not shape.chunked_loss:
+        return tokens * shape.vocabulary_size * (3 * FP32_BYTES + 2 * copies) // layout.tensor
+    chunk = min(tokens, step.chunk_tokens) * (2 * FP32_BYTES + copies)
+    head = shape.hidden_size * (FP32_BYTES + step.low)
+    return shape.vocabulary_size * (chunk + head) // layout.tensor + tokens * shape.hidden_size * step.low
