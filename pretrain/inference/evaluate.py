@@ -60,7 +60,8 @@ def evaluate_source(
         raise ConfigError(Problem("no dataset to evaluate on", "one or more", "give --data FOLDER"))
     network = load_source(source, device=device).network
     model = TrainingModel(network, execution=ExecutionSection(), loss=LossSection()).eval()
-    section = DataSection(train=[], validation=dict(datasets))
+    # not validated: a run must name training data, an evaluation has none
+    section = DataSection.model_construct(train=[], validation=dict(datasets))
     opened = open_datasets(
         section,
         sequence_length=sequence_length or DEFAULT_SEQUENCE_LENGTH,
