@@ -235,12 +235,14 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path, tokenizer_folder: Pat
     source = write_lines(tmp_path / "in.jsonl", TEXT)
     left_over = tmp_path / ".out.partial" / "train"
     left_over.mkdir(parents=True)
-    (left_over / "shard-00000.bin.tmp").write_bytes(b"half")
+    (left_over / "shard-00007.bin").write_bytes(b"half")
+    (tmp_path / ".out.partial" / "file").write_bytes(b"half")
     (tmp_path / "out").mkdir()  # empty: may be filled
     prepare([source], tokenizer_folder, tmp_path / "out", HALVES)
     assert not (tmp_path / ".out.partial").exists()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "tokenizer", "train", "validation"]
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+    names = {path.name for path in (tmp_path / "out" / "train").iterdir()}
+    assert names == {"manifest.json", "shard-00000.bin", "shard-00000.idx"}
 
 
 def test_two_runs_for_one_output_do_not_meet(tmp_path: Path) -> None:

@@ -37,7 +37,12 @@ def test_decoding_gives_the_text_back(trained: DocumentTokenizer, text: str) -> 
 
 @pytest.mark.parametrize("text", FORGERIES)
 def test_a_special_token_in_a_text_is_text(trained: DocumentTokenizer, text: str) -> None:
+    from tokenizers import Tokenizer
+
     (ids,) = trained.encode_documents([text])
+    without_special_tokens = Tokenizer.from_file(str(trained.file))
+    without_special_tokens.encode_special_tokens = True
+    assert ids[:-1].tolist() == without_special_tokens.encode(text).ids
     assert ids.tolist().count(trained.eos_id) == 1
     assert trained.decode(ids[:-1].tolist()) == text
 
