@@ -25,7 +25,8 @@ class Manifest:
     """Everything of a checkpoint but its tensors.
 
     `metadata` is the caller's. Export and generation read two of its keys: `model_config`, the dictionary of the
-    `transformers` configuration, and `tokenizer`, a dictionary with `folder` and `sha256`.
+    `transformers` configuration, and `tokenizer`, a dictionary with `folder` (absolute, or relative to the checkpoint)
+    and `sha256` (of its tokenizer.json).
     """
 
     step: int

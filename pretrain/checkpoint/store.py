@@ -88,6 +88,7 @@ class CheckpointStore:
             self._prepare(staging, _needed_bytes(parameters))
             with fail_together(f"saving step {step}", "room and a disk that works, on every rank", "free disk space"):
                 records = write_fragments(fragments, staging, rank=rank(), file_bytes=self._file_bytes)
+            self._forget(checkpoint_name(step))
             gathered = gather_json([[file.name, file.size, file.xxh3_128] for file in records])
             with fail_together(f"publishing step {step}", "fragments that hold every element once", "see the message"):
                 if rank() == 0:
@@ -110,7 +111,6 @@ class CheckpointStore:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
         path = self.folder / checkpoint_name(step)
-        self._forget(path.name)
         self._retain(path)
         return path
 

@@ -62,6 +62,7 @@ def test_every_grid_of_boxes_covers_and_no_smaller_one_does() -> None:
     ("runs", "fault"),
     [
         ([Run(((0, 4), (0, 5)), 0, 21)], "too many"),
+        ([Run(((0, 4), (0, 5)), 0, 10), Run(((0, 4), (0, 5)), 12, 10)], "elements 10 to 12"),
         ([Run(((0, 4), (0, 6)), 0, 24)], "does not lie within"),
         ([Run(((0, 20),), 0, 20)], "does not lie within"),
         ([Run(((0, 3), (0, 5)), 0, 15), Run(((2, 4), (0, 5)), 0, 10)], "overlap"),
