@@ -54,6 +54,16 @@ def check(
 
 
 @app.command()
+def presets(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """List the named models, their size, and the hardware that each needs."""
+    from pretrain.preset_table import print_presets
+
+    print_presets(markdown=markdown)
+
+
+@app.command()
 def train(
     run: RunFile,
     overrides: Overrides = None,
@@ -70,14 +80,18 @@ def train(
 @app.command()
 def evaluate(
     source: Source,
-    overrides: Overrides = None,
-    data: Annotated[Path | None, typer.Option(help="A dataset folder; default: the run's validation sets.")] = None,
-    split: Annotated[str, typer.Option(help="Which split of that folder.")] = "validation",
+    data: Annotated[Path | None, typer.Option(help="A packed dataset; default: the run's validation sets.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of that dataset.")] = "validation",
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of each set; default: all.")] = None,
 ) -> None:
-    """Measure loss and perplexity."""
+    """Measure loss and perplexity, on one rank or under a launcher on several."""
     from pretrain import run as composition
 
-    raise typer.Exit(composition.evaluate(source, data, split, overrides or []))
+    for measured in composition.evaluate(source, data, split, max_rows):
+        line = f"{measured.name}  loss {measured.loss:.4f} nats/token  perplexity {measured.perplexity:,.2f}"
+        entropy = measured.unigram_entropy
+        known = "" if entropy is None else f"  unigram entropy {entropy:.4f}"
+        typer.echo(f"{line}  targets {measured.targets:,}{known}")
 
 
 @app.command()
@@ -91,11 +105,12 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")] = 0,
 ) -> None:
     """Continue prompts."""
-    from pretrain.inference.generate import Sampling, generate_from
+    from pretrain import run as composition
+    from pretrain.inference.generate import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    texts = generate_from(source, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
-    print("\n\n".join(start + text for start, text in zip(prompt, texts, strict=True)))
+    texts = composition.generate(source, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    typer.echo("\n\n".join(start + text for start, text in zip(prompt, texts, strict=True)))
 
 
 @app.command()

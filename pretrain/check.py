@@ -1,4 +1,4 @@
-"""What `pretrain check` and `pretrain presets` show: tables for people, JSON for programs.
+"""What `pretrain check` shows: tables for people, JSON for programs.
 
 Presentation only; the numbers are run_plan.py's and models/'.
 """
@@ -83,7 +83,7 @@ def plan_values(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
 
 
 def _facts_table(config: RunConfig, plan: RunPlan) -> Table:
-    table = Table(title=config.name, show_header=False, title_justify="left")
+    table = Table(show_header=False)
     for name, value in _facts(config, plan):
         table.add_row(name, value)
     return table
@@ -91,6 +91,7 @@ def _facts_table(config: RunConfig, plan: RunPlan) -> Table:
 
 def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
     batch, topology, flops = plan.batch, plan.topology, plan.flops
+    yield "run", str(config.folder)
     stage = f", ZeRO stage {config.parallel.zero_stage}" if plan.engine == "zero" else ""
     yield "engine", f"{plan.engine}{stage}, {config.precision}, recomputation {config.execution.recomputation}"
     yield (
@@ -106,7 +107,7 @@ def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
     yield "", f"{batch.tokens_per_step:,} tokens = {batch.global_batch_size:,} rows x {batch.sequence_length:,} tokens"
     for stage_of_ramp in batch.stages[:-1]:
         yield "", f"from step {stage_of_ramp.first_step:,}: {stage_of_ramp.global_batch_size:,} rows (ramp)"
-    yield "run", f"{batch.total_steps:,} steps ({batch.warmup_steps:,} warm-up) = {batch.total_tokens:,} tokens"
+    yield "length", f"{batch.total_steps:,} steps ({batch.warmup_steps:,} warm-up) = {batch.total_tokens:,} tokens"
     yield "parameters", f"{plan.parameters.total:,} ({plan.parameters.active:,} active a token)"
     yield (
         "FLOPs a token",
@@ -117,8 +118,8 @@ def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 
 def _memory_table(plan: RunPlan) -> Table:
-    table = Table(title="memory of one rank (estimate)", title_justify="left")
-    table.add_column("component")
+    table = Table()
+    table.add_column("memory of one rank (estimate)")
     table.add_column("GiB", justify="right")
     for component in dataclasses.fields(plan.memory):
         size = getattr(plan.memory, component.name)

@@ -34,7 +34,7 @@ def _gpt2(source: str, *, layers: int, width: int, heads: int) -> Preset:
 def _mobile_llama(*, layers: int, width: int, heads: int, key_value_heads: int, intermediate: int) -> Preset:
     return Preset(
         model_type="llama",
-        source="MobileLLM (Liu et al. 2024, arXiv:2402.14905), table 9",
+        source="MobileLLM (Liu et al. 2024, arXiv:2402.14905)",
         fields={
             "vocab_size": 32000,
             "hidden_size": width,
