@@ -19,6 +19,7 @@ from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed
 from pretrain.engines.zero_state import LocalRun, ReplicatedState, zero_state
+from pretrain.errors import ConfigError, Problem
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
@@ -43,6 +44,10 @@ class ZeroEngine:
         file_values: Mapping[str, Any],
     ) -> None:
         deepspeed = import_deepspeed()
+        if config.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                Problem("precision is fp16, which this device cannot compute with", "bf16, fp32", "set precision=bf16")
+            )
         self._config = config
         self._device = device
         self._ranks = distributed.world_size()

@@ -52,17 +52,20 @@ class ZeroState(ABC):
     def publish_masters(self) -> None:
         """Round the fp32 weights into those that forward reads, on all ranks. Collective."""
 
+    def _updated_tensors(self) -> list[torch.Tensor]:
+        """The fp32 tensors that the base optimizer steps, keys of its state."""
+        return [tensor for group in self._base_optimizer.param_groups for tensor in group["params"]]
+
     def create_moments(self, steps: int | None = None) -> None:
         """Make zero moments where no step has made them yet; with `steps`, set the optimizer's step count as well."""
-        for group in self._base_optimizer.param_groups:
-            for weight in group["params"]:
-                state = self._base_optimizer.state[weight]
-                for kind in MOMENTS:
-                    if kind not in state:
-                        state[kind] = torch.zeros_like(weight.data)
-                if steps is not None or "step" not in state:
-                    device = weight.device if group.get("fused") else "cpu"
-                    state["step"] = torch.tensor(float(steps or 0), device=device)
+        is_fused = self._base_optimizer.param_groups[0].get("fused", False)
+        for tensor in self._updated_tensors():
+            state = self._base_optimizer.state[tensor]
+            for kind in MOMENTS:
+                if kind not in state:
+                    state[kind] = torch.zeros_like(tensor.data)
+            if steps is not None or "step" not in state:
+                state["step"] = torch.tensor(float(steps or 0), device=tensor.device if is_fused else "cpu")
 
     def steps(self) -> int:
         """Updates that the optimizer has applied."""
@@ -147,6 +150,10 @@ class PartitionedState(ZeroState):
 
 class ShardedState(ZeroState):
     """Stage 3: each parameter cut into equal shards, the last one padded."""
+
+    def _updated_tensors(self) -> list[torch.Tensor]:
+        # DeepSpeed puts one of these into the base optimizer's group at a time, and takes it out again
+        return list(self._optimizer.fp32_partitioned_groups_flat)
 
     def runs(self) -> Iterator[LocalRun]:
         """See ZeroState."""

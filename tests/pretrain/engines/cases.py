@@ -83,6 +83,8 @@ class Outcome:
 
 
 def start_engine(case: Case) -> Engine:
+    if case.precision == "fp16":
+        _allow_fp16()
     config = case.config
     builder = ModelBuilder(
         config.model,
@@ -93,6 +95,13 @@ def start_engine(case: Case) -> Engine:
     )
     accumulation = case.global_batch_size // case.micro_batch_size // distributed.world_size()
     return build_engine(config, case.engine, builder, torch.device("cpu"), accumulation=accumulation, file_values={})
+
+
+def _allow_fp16() -> None:
+    """PyTorch computes in fp16 on any CPU, if slowly; DeepSpeed refuses it where oneDNN has no kernels for it."""
+    from pretrain.engines.deepspeed_import import import_deepspeed
+
+    type(import_deepspeed().accelerator.get_accelerator()).is_fp16_supported = lambda self: True
 
 
 def take_steps(engine: Engine, case: Case, first_step: int = 0, steps: int = STEPS) -> Outcome:

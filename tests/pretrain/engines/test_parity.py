@@ -10,14 +10,16 @@ from functools import cache
 import numpy as np
 import pytest
 
+from pretrain.checkpoint.fragments import MASTER
 from tests.distributed.ranks import RankPool
 from tests.pretrain.engines.cases import Case, Outcome, assemble, train_case
 
 pytestmark = pytest.mark.ranks
 
-# relative: losses; norms; weights and moments, as the norm of the difference over the norm. bf16 rounds weights and
-# micro-batch gradients at 2^-8, and each stage sums them in an order of its own.
-TOLERANCE = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (1e-4, 1e-3, 1e-2)}
+# Relative: losses; gradient norms; weights; moments (of the last two, the norm of the difference over the norm).
+# Moments remember single gradients, in which sums in another order show most; ZeRO-3 also leaves out the 1e-6 that is
+# added to the norm in the clip coefficient elsewhere. bf16 rounds weights and micro-batch gradients at 2^-8.
+TOLERANCE = {"fp32": (1e-5, 1e-5, 1e-5, 5e-5), "bf16": (1e-4, 1e-3, 1e-2, 1e-2)}
 Pool = Callable[[int], RankPool]
 
 
@@ -70,7 +72,7 @@ def test_fp16_scales_skips_and_goes_on(rank_pool: Pool) -> None:
 def compare(rank_pool: Pool, case: Case, ranks: int) -> None:
     outcomes = rank_pool(ranks).run(train_case, case)
     reference = plain(rank_pool, case)
-    loss_tolerance, norm_tolerance, _ = TOLERANCE[case.precision]
+    loss_tolerance, norm_tolerance, *_ = TOLERANCE[case.precision]
     for outcome in outcomes:
         assert outcome.losses == pytest.approx(reference.losses, rel=loss_tolerance)
         assert outcome.norms == pytest.approx(reference.norms, rel=norm_tolerance)
@@ -92,7 +94,9 @@ def check_state(precision: str, outcomes: list[Outcome], reference: Outcome) -> 
                 [expected[key] for key in expected if key[1] == kind],
             )
         )
-        assert difference <= TOLERANCE[precision][2] * size, f"{kind} differs by {difference / size:.2g}"
+        assert difference <= TOLERANCE[precision][2 if kind == MASTER else 3] * size, (
+            f"{kind} differs by {difference / size:.2g}"
+        )
 
 
 def plain(rank_pool: Pool, case: Case) -> Outcome:
