@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import REPOSITORY, RankPool
 
 settings.register_profile("athanor", deadline=None)  # no timed assertions, those of examples included
 settings.load_profile("athanor")
@@ -24,3 +29,19 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
     yield pool_of
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed dataset (rows of 64 tokens, 512 tokens of vocabulary) of a few documents that ship with the project."""
+    folder = tmp_path_factory.mktemp("tiny-dataset")
+    with gzip.open(REPOSITORY / "launch/corpus/documents.jsonl.gz", "rt", encoding="utf-8") as corpus:
+        (folder / "documents.jsonl").write_text("".join(islice(corpus, 40)), encoding="utf-8")
+    for words in (
+        "train-tokenizer documents.jsonl --vocab-size 512 --output tokenizer",
+        "prepare documents.jsonl --tokenizer tokenizer --output tokens --split 0.8,0.2,0",
+        "pack tokens --sequence-length 64 --output packed",
+    ):
+        command = [sys.executable, "-m", "data_tools", *words.split()]
+        subprocess.run(command, cwd=folder, check=True, stdin=subprocess.DEVNULL, timeout=120)
+    return folder / "packed"
