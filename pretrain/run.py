@@ -6,6 +6,7 @@ The only file that knows all parts. Decides nothing itself; importing it imports
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from pretrain.data import tokenizer_folder
 from pretrain.data.loader import TrainingLoader, evaluation_batches
 from pretrain.data.open_datasets import OpenedData, open_datasets
 from pretrain.data.training_rows import TrainingRows
+from pretrain.distributed import Place
 from pretrain.engines.base import Engine
 from pretrain.engines.build import build_engine
 from pretrain.engines.deepspeed_config import read_deepspeed_file
@@ -32,11 +34,13 @@ from pretrain.inference.evaluate import Measured, evaluate_source
 from pretrain.inference.generate import Sampling, generate_from
 from pretrain.inference.load import is_hugging_face_folder
 from pretrain.logs import start_logging
+from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.flops import peak_flops
 from pretrain.optimization.schedules import build_schedule
 from pretrain.reporting.record import Outcome
 from pretrain.reporting.reporter import Reporter, build_reporter
+from pretrain.reporting.wandb_destination import require_wandb
 from pretrain.run_plan import RunPlan, plan_run
 from pretrain.training.guard import Guard
 from pretrain.training.loop import TrainingLoop
@@ -51,13 +55,17 @@ def train(config_path: Path, overrides: list[str], resume: str) -> int:
     """Train one rank's part of a run; the same call on every rank. Returns the exit code."""
     place = distributed.read_place()
     config = read_accelerate_request(distributed.environment()).apply_to(load_config(config_path, overrides))
+    if config.reporting.wandb:
+        require_wandb()
     plan = plan_run(config, place.world_size)
     start_logging(config.folder, place.rank)
     distributed.start(place)
-    with StopRequest(distributed.any_rank) as stop:
-        progress = _train(config, plan, place.device, resume, stop)
-    logger.info("done: step %d of %d, checkpoints in %s", progress.step, plan.batch.total_steps, config.folder)
-    distributed.stop()
+    try:
+        with StopRequest(distributed.any_rank) as stop:
+            progress = _train(config, plan, place, resume, stop)
+    finally:
+        distributed.stop()
+    logger.info("done: step %d of %d, in %s", progress.step, plan.batch.total_steps, config.folder)
     return 0
 
 
@@ -65,15 +73,23 @@ def evaluate(source: Path, data: Path | None, split: str, max_rows: int | None) 
     """Measure a model on one split of a dataset, or on its run's validation sets; empty on all ranks but the first."""
     place = distributed.read_place()
     distributed.start(place)
+    try:
+        results = _evaluate(source, data, split, max_rows, place.device)
+    finally:
+        distributed.stop()
+    return results if place.is_main_process else []
+
+
+def _evaluate(
+    source: Path, data: Path | None, split: str, max_rows: int | None, device: torch.device
+) -> list[Measured]:
     run = None if is_hugging_face_folder(source) else open_verified(select_checkpoint(source)).manifest.metadata
     if data is not None:
         datasets = {data.name: str(data / split if (data / split).is_dir() else data)}
     else:
         datasets = run["run_config"]["data"]["validation"] if run else {}
     length = run["run_config"]["batch"]["sequence_length"] if run else None
-    results = list(evaluate_source(source, datasets, device=place.device, sequence_length=length, max_rows=max_rows))
-    distributed.stop()
-    return results if place.is_main_process else []
+    return list(evaluate_source(source, datasets, device=device, sequence_length=length, max_rows=max_rows))
 
 
 def generate(source: Path, prompts: list[str], *, max_new_tokens: int, sampling: Sampling) -> list[str]:
@@ -82,12 +98,13 @@ def generate(source: Path, prompts: list[str], *, max_new_tokens: int, sampling:
     return generate_from(source, prompts, max_new_tokens=max_new_tokens, sampling=sampling, device=device)
 
 
-def _train(config: RunConfig, plan: RunPlan, device: torch.device, resume: str, stop: StopRequest) -> Progress:
-    rank = distributed.rank()
+def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: StopRequest) -> Progress:
     data = open_datasets(
         config.data,
         sequence_length=config.batch.sequence_length,
         vocabulary_size=plan.architecture.vocabulary_size,
+        # reading every byte once a node is enough
+        check_hashes=config.data.verify == "hashes" and place.local_rank == 0,
     )
     store = CheckpointStore(
         config.folder / "checkpoints",
@@ -95,67 +112,82 @@ def _train(config: RunConfig, plan: RunPlan, device: torch.device, resume: str, 
         keep_best=config.checkpoint.keep_best,
     )
     checkpoint = choose_checkpoint(store, resume)
-    if rank == 0:
+    if place.is_main_process:
         save_config(config, config.folder / "config.yaml")
         tokenizer_folder.keep_tokenizer(data.training[0], config.data.tokenizer, config.folder)
-    engine = _build_engine(config, plan, device)
-    progress = _restore(engine, checkpoint)
-    rows = TrainingRows(data.training, seed=config.seed)
-    reporter = build_reporter(
-        config,
-        config.folder,
-        is_main_process=rank == 0,
-        resume_from=progress.step if checkpoint else None,
-        tracker_state=checkpoint.manifest.metadata["trackers"] if checkpoint else {},
-    )
-    loop = TrainingLoop(
-        config=config,
-        plan=plan.batch,
-        engine=engine,
-        schedule=build_schedule(config.schedule, plan.batch),
-        validation={
-            name: partial(
-                evaluation_batches,
-                source,
-                micro_batch_size=config.batch.micro_batch_size,
-                rank=rank,
-                data_parallel_size=plan.batch.data_parallel_size,
-                max_rows=config.evaluation.max_rows,
-            )
-            for name, source in data.validation.items()
-        },
-        reporter=reporter,
-        store=store,
-        metadata=partial(_metadata, config, engine, data, rows, reporter),
-        meter=StepMeter(
-            device=device,
-            flops_per_token=plan.flops.training,
-            peak_flops_per_second=_peak_flops(device),
-        ),
-        guard=Guard(config.guard),
-        stop=stop,
-    )
+    engine = _build_engine(config, plan, place.device)
     outcome: Outcome = "failed"
     with ExitStack() as closing:
         closing.callback(engine.close)
+        progress = _restore(engine, checkpoint)
+        reporter = _build_reporter(config, place, progress, checkpoint)
         closing.callback(lambda: reporter.close(outcome=outcome))
-        steps = closing.enter_context(
-            TrainingLoader(
-                rows,
-                plan.batch,
-                rank=rank,
-                samples_consumed=progress.samples_consumed,
-                workers=config.data.workers,
-                prefetch_micro_batches=config.data.prefetch_micro_batches,
-            )
+        rows = TrainingRows(data.training, seed=config.seed)
+        data_rank = plan.topology.coordinate(place.rank).data
+        loader = TrainingLoader(
+            rows,
+            plan.batch,
+            rank=data_rank,
+            samples_consumed=progress.samples_consumed,
+            workers=config.data.workers,
+            prefetch_micro_batches=config.data.prefetch_micro_batches,
+        )
+        loop = TrainingLoop(
+            config=config,
+            plan=plan.batch,
+            engine=engine,
+            schedule=build_schedule(config.schedule, plan.batch),
+            validation=_validation_sets(config, plan, data, data_rank),
+            reporter=reporter,
+            store=store,
+            metadata=partial(_metadata, config, engine, data, rows, reporter),
+            meter=_build_meter(plan, place.device, progress),
+            guard=Guard(config.guard),
+            stop=stop,
         )
         try:
-            progress = loop.run(progress, steps)
+            progress = loop.run(progress, closing.enter_context(loader))
         except Preempted:
             outcome = "stopped"
             raise
         outcome = "finished"
     return progress
+
+
+def _validation_sets(
+    config: RunConfig, plan: RunPlan, data: OpenedData, data_rank: int
+) -> dict[str, Callable[[], Iterator[Batch]]]:
+    return {
+        name: partial(
+            evaluation_batches,
+            source,
+            micro_batch_size=config.batch.micro_batch_size,
+            rank=data_rank,
+            data_parallel_size=plan.batch.data_parallel_size,
+            max_rows=config.evaluation.max_rows,
+        )
+        for name, source in data.validation.items()
+    }
+
+
+def _build_reporter(config: RunConfig, place: Place, progress: Progress, checkpoint: Checkpoint | None) -> Reporter:
+    return build_reporter(
+        config,
+        config.folder,
+        is_main_process=place.is_main_process,
+        resume_from=progress.step if checkpoint else None,
+        tracker_state=checkpoint.manifest.metadata["trackers"] if checkpoint else {},
+    )
+
+
+def _build_meter(plan: RunPlan, device: torch.device, progress: Progress) -> StepMeter:
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return StepMeter(
+        device=device,
+        flops_per_token=plan.flops.training,
+        peak_flops_per_second=peak * plan.topology.world_size if peak else None,
+        skipped_steps=progress.skipped_steps,
+    )
 
 
 def _build_engine(config: RunConfig, plan: RunPlan, device: torch.device) -> Engine:
@@ -202,11 +234,3 @@ def _metadata(
         "trackers": reporter.tracker_state(),
         "run_config": config.model_dump(mode="json"),
     }
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    """Of all ranks together; unknown on CPUs."""
-    if device.type != "cuda":
-        return None
-    peak = peak_flops(torch.cuda.get_device_name(device))
-    return peak * distributed.world_size() if peak else None

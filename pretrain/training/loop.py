@@ -96,16 +96,16 @@ class TrainingLoop:
         return progress
 
     def _report(self, progress: Progress, result: StepResult, multiplier: float) -> Progress:
-        skipped = self.guard.read_skipped()
+        progress = progress.after_skipped(self.guard.read_skipped())
         values = self.meter.read(
             result,
             tokens_seen=progress.tokens_seen,
             learning_rate=multiplier * self.config.optimizer.learning_rate,
-            skipped=skipped,
+            skipped_steps=progress.skipped_steps,
         )
         self.reporter.report(progress.step, values)
         self.guard.is_spike(progress.step, float(values["loss"]))
-        return progress.after_skipped(skipped)
+        return progress
 
     def _evaluate(self, progress: Progress) -> Progress:
         """Every validation set; the first one's loss decides what is best."""

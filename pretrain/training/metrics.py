@@ -24,6 +24,7 @@ class StepMeter:
         device: whose memory is reported; of a CPU, the resident memory of this process.
         flops_per_token: model FLOPs of forward and backward for one token.
         peak_flops_per_second: of all ranks together, in the precision of the run; null: unknown, no MFU.
+        skipped_steps: of the run so far.
         clock: seconds, monotonic.
     """
 
@@ -33,11 +34,13 @@ class StepMeter:
         device: torch.device,
         flops_per_token: float | None = None,
         peak_flops_per_second: float | None = None,
+        skipped_steps: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._device = device
         self._flops_per_token = flops_per_token
         self._peak_flops_per_second = peak_flops_per_second
+        self._skipped_steps = skipped_steps
         self._clock = clock
         self._process = psutil.Process()
         self._start()
@@ -57,14 +60,16 @@ class StepMeter:
         finally:
             self._paused_seconds += self._clock() - began
 
-    def read(self, result: StepResult, *, tokens_seen: int, learning_rate: float, skipped: int) -> dict[str, Value]:
+    def read(
+        self, result: StepResult, *, tokens_seen: int, learning_rate: float, skipped_steps: int
+    ) -> dict[str, Value]:
         """The values of the line of the last step counted; the host waits for the device here.
 
         Args:
             result: of that step; its loss, z-loss and gradient norm are that step's own, not means.
             tokens_seen: tokens since the start of the run.
             learning_rate: of that step.
-            skipped: steps skipped since the last line (`Guard.read_skipped`).
+            skipped_steps: since the start of the run; the line says how many since the last one.
         """
         assert self._steps > 0, "a line needs at least one step"
         scalars = torch.stack([value.detach().float() for value in (result.loss, result.z_loss, result.gradient_norm)])
@@ -80,12 +85,13 @@ class StepMeter:
             "step_seconds": seconds / self._steps,
             "data_seconds": self._data_seconds / self._steps,
             "tokens_per_second": tokens_per_second,
-            "skipped": skipped,
+            "skipped": skipped_steps - self._skipped_steps,
             "memory_bytes": self._memory_bytes(),
         }
         if self._flops_per_token and self._peak_flops_per_second:
             values["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops_per_second
         values.update(result.counters)
+        self._skipped_steps = skipped_steps
         self._start()
         return values
 

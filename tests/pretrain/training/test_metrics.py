@@ -37,7 +37,7 @@ def test_a_line_is_the_mean_over_its_steps_without_the_pauses() -> None:
         meter.count_step(tokens=500, data_seconds=0.5)
     with meter.paused():
         clock.seconds += 1000.0
-    values = meter.read(result(), tokens_seen=9000, learning_rate=1e-3, skipped=1)
+    values = meter.read(result(), tokens_seen=9000, learning_rate=1e-3, skipped_steps=1)
     memory = values.pop("memory_bytes")
     assert memory > 1 << 20
     assert values == {
@@ -55,14 +55,15 @@ def test_a_line_is_the_mean_over_its_steps_without_the_pauses() -> None:
     }
     clock.seconds += 3.0
     meter.count_step(tokens=300, data_seconds=0.0)
-    second = meter.read(result(), tokens_seen=9300, learning_rate=1e-3, skipped=0)
+    second = meter.read(result(), tokens_seen=9300, learning_rate=1e-3, skipped_steps=3)
+    assert second["skipped"] == 2
     assert (second["step_seconds"], second["tokens_per_second"], second["data_seconds"]) == (3.0, 100.0, 0.0)
 
 
 def test_no_peak_no_mfu() -> None:
     meter = StepMeter(device=torch.device("cpu"), flops_per_token=6e3)
     meter.count_step(tokens=1, data_seconds=0.0)
-    assert "mfu" not in meter.read(result(math.nan), tokens_seen=1, learning_rate=0.0, skipped=0)
+    assert "mfu" not in meter.read(result(math.nan), tokens_seen=1, learning_rate=0.0, skipped_steps=0)
 
 
 def test_perplexity() -> None:
