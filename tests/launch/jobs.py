@@ -115,7 +115,9 @@ def write_tiny_run(path: Path, *, data: Path, **sections: Any) -> Path:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """All complete lines; the last one may still be on its way."""
+    complete = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def losses(run_folder: Path) -> dict[int, float]:
