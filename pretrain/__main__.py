@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import click
 import typer
+
+# Newer typer carries a copy of click, older ones import it: this is the class of either.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="pretrain",
@@ -26,7 +28,7 @@ app = typer.Typer(
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run configuration.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.key=value]...", help="Changes to the run configuration, as YAML values."),
+    typer.Argument(metavar="section.key=value", help="Changes to the run configuration, as YAML values."),
 ]
 Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="A run folder, a checkpoint folder, or a Hugging Face model folder.")
@@ -34,9 +36,7 @@ Source = Annotated[
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint folder.")]
 
-checkpoint_app = typer.Typer(
-    help="Look at the checkpoints of a run; nothing is changed.", no_args_is_help=True, rich_markup_mode=None
-)
+checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
@@ -47,7 +47,10 @@ def check(
     world_size: Annotated[int, typer.Option("--world-size", min=1, help="Ranks of the whole job.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show batch plan, layout, parameters, FLOPs and memory of a run, or everything that is wrong with it."""
+    """Show what a run will do and need, or what is wrong.
+
+    Batch plan, layout, parameters, FLOPs and memory a rank; nothing is started.
+    """
     from pretrain.check import print_check
 
     print_check(run, overrides or [], world_size=world_size, as_json=as_json)
@@ -57,7 +60,7 @@ def check(
 def presets(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
-    """List the named models, their size, and the hardware that each needs."""
+    """List the named models and the hardware they need."""
     from pretrain.preset_table import print_presets
 
     print_presets(markdown=markdown)
@@ -71,7 +74,10 @@ def train(
         str, typer.Option(help="auto: go on from the newest checkpoint; required, never, or a checkpoint folder.")
     ] = "auto",
 ) -> None:
-    """Train; under torchrun, deepspeed, accelerate launch or srun this is one rank of the job."""
+    """Train.
+
+    Under torchrun, deepspeed, accelerate launch or srun this is one rank of the job.
+    """
     from pretrain import run as composition
 
     raise typer.Exit(composition.train(run, overrides or [], resume))
@@ -84,7 +90,10 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Which split of that dataset.")] = "validation",
     max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of each set; default: all.")] = None,
 ) -> None:
-    """Measure loss and perplexity, on one rank or under a launcher on several."""
+    """Measure loss and perplexity.
+
+    On one rank, or under a launcher on several.
+    """
     from pretrain import run as composition
 
     for measured in composition.evaluate(source, data, split, max_rows):
@@ -119,7 +128,10 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Stored type of the weights.")] = "bf16",
 ) -> None:
-    """Write a Hugging Face folder, and check that transformers loads it with equal logits."""
+    """Write a Hugging Face folder, and check it.
+
+    transformers must load it with logits equal to the trained weights'.
+    """
     from pretrain.export import export_source
 
     print(export_source(source, output, dtype=dtype))
@@ -178,10 +190,10 @@ def run_command_line(arguments: list[str]) -> int:
     except Preempted as stop:
         print(f"stopped in order, state saved: {stop}", file=sys.stderr)
         return stop.exit_code
-    except click.ClickException as error:
-        error.show()
+    except USAGE_ERROR as error:
+        error.show()  # type: ignore[attr-defined]
         return 64
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return 130
     return code if isinstance(code, int) else 0
 

@@ -26,8 +26,8 @@ _CASES = ((80, 1), (80, 3), (40, 1), (40, 3))  # GB of a device, ZeRO stage
 
 QUESTION = (
     "Fewest GPUs that hold a bf16 training step of one row a rank, with full recomputation: every rank with the whole "
-    "model and gradients (ZeRO 1, Z1), and everything sharded (ZeRO 3, Z3); - where that never fits. One process: GiB of "
-    "the plain engine. Estimates; more ranks leave room for larger micro-batches without recomputation."
+    "model and gradients (ZeRO 1, Z1), and everything sharded (ZeRO 3, Z3); - where that never fits. Alone: GiB of one "
+    "process of the plain engine. Estimates; more ranks leave room for larger micro-batches without recomputation."
 )
 
 
@@ -70,17 +70,17 @@ def print_presets(*, markdown: bool) -> None:
     if markdown:
         console.print("\n".join(_markdown_lines(rows)), markup=False)
         return
-    table = Table(caption=f"{QUESTION} GFLOP: of training, per token.", caption_justify="left")
-    for place, name in enumerate(["preset", "size", "row", "GFLOP", "1 process", *(_short(case) for case in _CASES)]):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place == 0)
+    table = Table(box=None, caption=f"{QUESTION} GFLOP: of training, per token.", caption_justify="left")
+    for place, name in enumerate(["preset", "size", "row", "GFLOP", "alone", *(_short(case) for case in _CASES)]):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for row in rows:
-        size = f"{row.parameters / 1e9:.2f}B" if row.parameters >= 1e9 else f"{row.parameters / 1e6:.0f}M"
+        size = f"{row.parameters / 1e9:.1f}B" if row.parameters >= 1e9 else f"{row.parameters / 1e6:.0f}M"
         table.add_row(row.name, size, *_numbers(row))
     console.print(table)
 
 
 def _markdown_lines(rows: Iterable[PresetRow]) -> Iterator[str]:
-    head = ["preset", "parameters", "row (tokens)", "training GFLOP a token", "one process (GiB)"]
+    head = ["preset", "parameters", "row (tokens)", "training GFLOP a token", "alone (GiB)"]
     yield _line([*head, *(f"{device} GB, ZeRO {stage}" for device, stage in _CASES), "source"])
     yield _line(["---", *["---:"] * (len(head) - 1 + len(_CASES)), "---"])
     for row in rows:

@@ -1,0 +1,149 @@
+"""`pretrain check` and `pretrain presets`: fast, without torch, right for every recipe, and all problems at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import load_config
+from pretrain.errors import ConfigError
+from pretrain.models.presets import PRESETS
+from pretrain.preset_table import RESERVED_GIB, preset_rows
+from pretrain.run_plan import plan_run
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+DEVICE_GIB = 80
+# Modules that take seconds to import; `pretrain check` of a known family must not.
+HEAVY = ("torch", "transformers", "deepspeed", "accelerate", "mlflow", "numpy", "datasets")
+PROBE = """
+import sys
+from pretrain.__main__ import run_command_line
+code = run_command_line(sys.argv[1:])
+heavy = {heavy!r}
+assert not [name for name in heavy if name in sys.modules], [name for name in heavy if name in sys.modules]
+sys.exit(code)
+"""
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    probe = PROBE.format(heavy=HEAVY)
+    return subprocess.run(
+        [sys.executable, "-c", probe, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def world_size_of(recipe: Path) -> int:
+    named = re.search(r"^# World size: (\d+)", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(named[1]) if named else 2
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # recipes name ds_configs/ relative to it
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_passes_and_fits_its_gpus(recipe: Path) -> None:
+    plan = plan_run(load_config(recipe), world_size_of(recipe))
+    assert plan.engine == "zero"
+    assert plan.memory.total < (DEVICE_GIB - RESERVED_GIB) * 2**30
+
+
+def test_recipes_cover_the_presets() -> None:
+    used = {load_config(recipe).model.preset for recipe in RECIPES}
+    assert used >= {name for name in PRESETS if name not in ("llama-125m", "llama-350m")}  # those run on one device
+
+
+def test_check_prints_every_part_without_heavy_imports() -> None:
+    done = command("check", "launch/recipes/llama-7b.yaml", "--world-size", "32")
+    assert done.returncode == 0, done.stderr
+    for words in ("32 ranks", "1,024 rows", "4,194,304 tokens", "6,738,415,616", "forward", "moments", "data 31"):
+        assert words in done.stdout, words
+
+
+def test_json_holds_the_same_numbers() -> None:
+    done = command("check", "launch/recipes/llama-7b.yaml", "--world-size", "32", "--json")
+    values: dict[str, Any] = json.loads(done.stdout)
+    assert values["parameters"]["total"] == 6_738_415_616
+    assert values["batch"]["tokens_per_step"] == 1024 * 4096
+    assert values["layout"] == {"pipeline": 1, "data": 32, "sequence": 1, "tensor": 1, "world_size": 32}
+    memory = values["memory_per_rank_bytes"]
+    assert memory.pop("total") == sum(memory.values())
+    flops = values["flops_per_token"]
+    assert flops["training"] == flops["forward"] + flops["backward"]
+
+
+def test_overrides_reach_the_plan() -> None:
+    done = command("check", "launch/recipes/gpt2-125m.yaml", "model.n_layer=24", "--json", "--world-size=8")
+    assert json.loads(done.stdout)["model"]["layers"] == 24
+
+
+def test_problems_of_every_part_come_together_with_exit_code_64(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        """
+name: wrong
+model: {model_type: llama, hiden_size: 256}
+data: {train: nowhere}
+batch: {sequence_length: 512, micro_batch_size: 4, global_batch_size: 33}
+optimizer: {learning_rate: 1e-3}
+schedule: {total_steps: 10}
+precision: fp16
+parallel: {zero_stage: 0, expert: 2, deepspeed_config: absent.json}
+""",
+        encoding="utf-8",
+    )
+    done = command("check", str(path), "--json", "--world-size", "2")
+    assert done.returncode == 64
+    found = [problem["found"] for problem in json.loads(done.stdout)["problems"]]
+    assert len(found) == 5
+    for words in ("hiden_size", "33 rows", "fp16 with ZeRO stage 0", "expert parallelism", "absent.json"):
+        assert any(words in text for text in found), words
+    assert "1. " in done.stderr
+    assert "5. " in done.stderr
+
+
+def test_a_number_with_two_owners_is_refused_with_both_places(tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"own\.json(.|\n)*parallel\.zero_stage") as caught:
+        plan_run(load_config(RECIPES[0], [f"parallel.deepspeed_config={file}"]), 8)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_missing_data_folder_is_only_a_warning() -> None:
+    plan = plan_run(load_config(RECIPES[0], ["data.train=nowhere"]), 8)
+    assert "data.train[0]: nowhere is not a folder here" in plan.warnings
+
+
+def test_other_model_types_are_counted_on_the_built_model() -> None:
+    fields = ["model={model_type: gpt_neox, vocab_size: 512, hidden_size: 64, num_attention_heads: 4, "]
+    fields[0] += "intermediate_size: 256, num_hidden_layers: 2}"
+    plan = plan_run(load_config(RECIPES[0], fields), 8)
+    block = 4 * 64 * 64 + 2 * 64 * 256
+    assert plan.parameters.matmul_weights == 2 * block + 512 * 64
+    assert plan.parameters.total == 2 * (block + 4 * 64 + 256 + 64 + 4 * 64) + 2 * 64 + 2 * 512 * 64
+    assert any("gpt_neox" in warning for warning in plan.warnings)
+
+
+def test_presets_table_is_fast_and_names_all() -> None:
+    for option in ([], ["--markdown"]):
+        done = command("presets", *option)
+        assert done.returncode == 0, done.stderr
+        assert all(name in done.stdout for name in PRESETS)
+
+
+def test_more_sharding_never_needs_more_devices() -> None:
+    for row in preset_rows():
+        for device in (80, 40):
+            whole, sharded = row.fewest[device, 1], row.fewest[device, 3]
+            assert sharded is not None
+            assert whole is None or sharded <= whole
+        assert row.one_device_gib * 2**30 > 18 * row.parameters

@@ -1,0 +1,94 @@
+"""The table of what works together: every refusal fires, and only where it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pretrain.compatibility import REFUSED, USES, Choice, Feature, choose_engine, find_conflicts, refusal_of, table_rows
+from pretrain.config import RunConfig
+
+BASE: dict[str, Any] = {
+    "name": "run",
+    "model": {"preset": "gpt2-125m"},
+    "data": {"train": "data"},
+    "batch": {"sequence_length": 128, "micro_batch_size": 1, "global_batch_size": 8},
+    "optimizer": {"learning_rate": 1e-3},
+    "schedule": {"total_steps": 10},
+}
+# A change of the run that makes it use a feature and, where possible, nothing else of the table.
+SWITCHES: dict[Feature, dict[str, Any]] = {
+    "engine plain": {"parallel": {"engine": "plain"}},
+    "engine zero": {"parallel": {"engine": "zero"}},
+    "engine pipeline": {"parallel": {"engine": "pipeline"}},
+    "engine accelerate": {"parallel": {"engine": "accelerate"}},
+    "ZeRO stage 0": {"parallel": {"zero_stage": 0}},
+    "ZeRO stage 2": {"parallel": {"zero_stage": 2}},
+    "ZeRO stage 3": {"parallel": {"zero_stage": 3}},
+    "precision fp16": {"precision": "fp16"},
+    "tensor parallelism": {"parallel": {"tensor": 2}},
+    "pipeline parallelism": {"parallel": {"pipeline": 2}},
+    "sequence parallelism": {"parallel": {"sequence": 2}},
+    "expert parallelism": {"parallel": {"expert": 2}},
+    "several processes": {},
+    "a DeepSpeed file": {"parallel": {"deepspeed_config": "ds_configs/zero1.json"}},
+}
+
+
+def run(*features: Feature) -> tuple[RunConfig, int]:
+    values: dict[str, Any] = {**BASE, "parallel": {}}
+    for feature in features:
+        change = SWITCHES[feature]
+        values["parallel"] = values["parallel"] | change.get("parallel", {})
+        values |= {key: value for key, value in change.items() if key != "parallel"}
+    return RunConfig.model_validate(values), 8 if "several processes" in features else 1
+
+
+def test_every_feature_of_the_table_can_be_switched_on() -> None:
+    assert set(SWITCHES) == set(USES)
+    for feature in USES:
+        config, world_size = run(feature)
+        chosen = choose_engine(config, world_size)
+        assert USES[feature](Choice(config=config, engine=chosen, world_size=world_size)), feature
+
+
+@pytest.mark.parametrize("pair", REFUSED, ids=" + ".join)
+def test_every_refusal_names_the_reason_and_the_way_out(pair: tuple[Feature, Feature]) -> None:
+    found = find_conflicts(*run(*pair))
+    (problem,) = [problem for problem in found if problem.found.endswith(REFUSED[pair].reason)][:1]
+    assert problem.allowed
+    assert problem.change.startswith("set ")
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_the_engines_are_tested_for_is_not_refused(precision: str, stage: int, world_size: int) -> None:
+    config = RunConfig.model_validate({**BASE, "precision": precision, "parallel": {"zero_stage": stage}})
+    expected = 1 if (precision, stage) == ("fp16", 0) else 0
+    assert len(find_conflicts(config, world_size)) == expected
+
+
+def test_pairs_are_symmetric_and_complete() -> None:
+    rows = list(table_rows())
+    assert len(rows) == len(USES) * (len(USES) + 1) // 2
+    assert sum(refusal is not None for _, _, refusal in rows) == len(REFUSED)
+    assert all(refusal_of(first, second) is refusal_of(second, first) for first, second, _ in rows)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "precision", "world_size", "engine"),
+    [
+        ({}, "bf16", 1, "plain"),
+        ({}, "bf16", 2, "zero"),
+        ({"zero_stage": 3}, "bf16", 1, "zero"),
+        ({"deepspeed_config": "x.json"}, "bf16", 1, "zero"),
+        ({}, "fp16", 1, "zero"),
+        ({"engine": "zero"}, "fp32", 1, "zero"),
+        ({"engine": "plain"}, "fp32", 2, "plain"),
+    ],
+)
+def test_the_engine_that_auto_means(parallel: dict[str, Any], precision: str, world_size: int, engine: str) -> None:
+    config = RunConfig.model_validate({**BASE, "precision": precision, "parallel": parallel})
+    assert choose_engine(config, world_size) == engine

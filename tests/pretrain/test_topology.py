@@ -1,0 +1,60 @@
+"""The grid of ranks: a bijection, tensor ranks adjacent, groups that partition the world."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.errors import ConfigError
+from pretrain.topology import AXES, Coordinate, Topology, build_topology
+
+SIZES = st.integers(min_value=1, max_value=4)
+GRIDS = st.builds(
+    lambda data, tensor, pipeline, sequence: build_topology(
+        data * tensor * pipeline * sequence, tensor=tensor, pipeline=pipeline, sequence=sequence
+    ),
+    SIZES,
+    SIZES,
+    SIZES,
+    SIZES,
+)
+
+
+@given(GRIDS)
+def test_every_rank_has_its_own_coordinate(grid: Topology) -> None:
+    places = [grid.coordinate(rank) for rank in range(grid.world_size)]
+    assert len(set(places)) == grid.world_size
+    assert [grid.rank(place) for place in places] == list(range(grid.world_size))
+
+
+@given(GRIDS)
+def test_the_groups_of_an_axis_share_out_the_world(grid: Topology) -> None:
+    for axis in AXES:
+        groups = list(grid.groups(axis))
+        assert sorted(rank for group in groups for rank in group) == list(range(grid.world_size))
+        for group in groups:
+            assert [getattr(grid.coordinate(rank), axis) for rank in group] == list(range(grid.size(axis)))
+            others = {tuple(getattr(grid.coordinate(rank), other) for other in AXES if other != axis) for rank in group}
+            assert len(others) == 1
+
+
+@given(GRIDS)
+def test_ranks_of_a_tensor_group_are_neighbours(grid: Topology) -> None:
+    for group in grid.groups("tensor"):
+        assert group == tuple(range(group[0], group[0] + grid.tensor))
+
+
+def test_a_known_grid() -> None:
+    grid = build_topology(8, tensor=2, pipeline=2)
+    assert grid.data == 2
+    assert grid.coordinate(5) == Coordinate(pipeline=1, data=0, sequence=0, tensor=1)
+    assert list(grid.groups("pipeline")) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert list(grid.groups("data")) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert grid.grid().splitlines()[2] == "pipeline 1  data 0 | 4 5"
+
+
+@pytest.mark.parametrize("world_size", [0, 6, 7])
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest(world_size: int) -> None:
+    with pytest.raises(ConfigError, match=r"a multiple of 4 ranks(.|\n)*start [48] ranks"):
+        build_topology(world_size, tensor=2, pipeline=2)
