@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def import_deepspeed() -> Any:
@@ -26,3 +31,15 @@ def import_deepspeed() -> Any:
     # it calls collectives by names that torch 2.13 calls deprecated, at every step
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Send what deepspeed prints in the block (memory tables, build notes) to the debug log."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        if printed.getvalue():
+            logger.debug("deepspeed printed:\n%s", printed.getvalue().rstrip())

@@ -17,7 +17,7 @@ from pretrain.checkpoint.fragments import KINDS, Fragment, LogicalState, whole_b
 from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
-from pretrain.engines.deepspeed_import import import_deepspeed
+from pretrain.engines.deepspeed_import import import_deepspeed, quiet
 from pretrain.engines.zero_state import LocalRun, ReplicatedState, zero_state
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.batch import Batch
@@ -55,9 +55,10 @@ class ZeroEngine:
         settings = build_deepspeed_config(
             config, accumulation=accumulation, data_parallel=self._ranks, file_values=file_values
         )
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        with quiet():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+            )
         self._model = _build(deepspeed, builder, settings, self._stage, device)
         parameters = {
             self._model.logical_name(name): weight
@@ -66,12 +67,13 @@ class ZeroEngine:
         }
         # ZeRO-3 leaves empty tensors in place of weights and keeps their shapes beside them
         self._shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in parameters.items()}
-        self._engine, *_ = deepspeed.initialize(
-            model=self._model,
-            optimizer=build_optimizer(parameters.items(), config.optimizer),
-            config=settings,
-            dist_init_required=False,
-        )
+        with quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=self._model,
+                optimizer=build_optimizer(parameters.items(), config.optimizer),
+                config=settings,
+                dist_init_required=False,
+            )
         self._state = zero_state(self._stage, self._engine, parameters)
         # DeepSpeed neither reports a norm nor skips a non-finite step in this one case, so we do
         self._checks_gradients = self._stage == 0 and config.precision == "fp32"
