@@ -44,9 +44,9 @@ def initialize(
         root: the part to fill; the whole network where not given.
     """
     root = network if root is None else root
-    tied = _tied_aliases(root)
     with guard_torch_init_functions():
-        # Children first: some families draw a child's weight again from its parent, as GPT-2 does its c_proj.
+        # Children first: some families draw a child's weight again from its parent, as GPT-2 does its c_proj. For the
+        # same reason the first owner of a tied weight is the last to draw it.
         for name, module in reversed(list(root.named_modules())):
             parameters = _touched_parameters(module)
             buffers = list(module.buffers(recurse=False))
@@ -56,7 +56,6 @@ def initialize(
             with (
                 gather(parameters),
                 _fp32(parameters),
-                _kept(tied.get(name, [])),
                 _seeded(seed, full_name, parameters),
             ):
                 network._init_weights(module)
@@ -71,16 +70,6 @@ def _touched_parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameters))
 
 
-def _tied_aliases(root: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Module name -> its parameters that belong, by name, to an earlier module."""
-    canonical = {id(parameter): name for name, parameter in root.named_parameters()}
-    aliases: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        if canonical[id(parameter)] != name:
-            aliases.setdefault(name.rpartition(".")[0], []).append(parameter)
-    return aliases
-
-
 @contextmanager
 def _fp32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within the block the parameters are fp32; afterwards their own storage holds the rounded values."""
@@ -90,16 +79,6 @@ def _fp32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     yield
     for parameter, data in stored:
         parameter.data = data.copy_(parameter.data)
-
-
-@contextmanager
-def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the block transformers' initialisers leave these parameters as they are."""
-    for parameter in parameters:
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    yield
-    for parameter in parameters:
-        del parameter._is_hf_initialized  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -134,9 +134,9 @@ class _Chunk:
     def replace_by_gradient(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Overwrite logits by the objective's gradient; the two sums (2,) of these tokens."""
         sums = self._block.new_zeros(2)
-        for block, targets in zip(
-            logits.split(len(self._block)), labels.unsqueeze(-1).split(len(self._block)), strict=True
-        ):
+        for start in range(0, len(logits), len(self._block)):
+            block = logits[start : start + len(self._block)]
+            targets = labels[start : start + len(self._block)].unsqueeze(-1)
             exact = self._block[: len(block)].copy_(block)
             probabilities = torch.softmax(exact, dim=-1, out=self._probabilities[: len(block)])
             # From the largest entry, whose probability never underflows: no second pass of exponentials.

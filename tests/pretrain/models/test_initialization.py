@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -119,12 +120,14 @@ def test_gather_sees_every_parameter_in_the_pieces_that_are_written() -> None:
     assert_equal(values(model.network), values(built("gpt2")))
 
 
-def test_rotary_frequencies_are_right_after_construction() -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        network = small_builder("llama").construct().network
-    finally:
-        torch.set_default_dtype(torch.float32)
+def test_rotary_frequencies_stay_fp32_where_construction_rounds_tensors() -> None:
+    original = AutoModelForCausalLM.from_config
+
+    def round_as_zero_init_does(*arguments: Any, **keywords: Any) -> PreTrainedModel:
+        return original(*arguments, **keywords).to(torch.bfloat16)
+
+    with mock.patch("pretrain.models.build.AutoModelForCausalLM.from_config", round_as_zero_init_does):
+        rotary = small_builder("llama").construct().network.model.rotary_emb
     expected = 1 / 10000.0 ** (torch.arange(0, 8, 2) / 8)
-    torch.testing.assert_close(network.model.rotary_emb.inv_freq, expected)
-    assert next(network.parameters()).dtype == torch.float32
+    torch.testing.assert_close(rotary.inv_freq, expected)
+    torch.testing.assert_close(rotary.original_inv_freq, expected)
