@@ -9,8 +9,10 @@ import datetime
 import json
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +82,7 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
     Raises:
         LaunchError: where the group that forms has another size than the launcher said.
     """
+    _put_own_tools_first()
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank)
     if place.world_size == 1 and "MASTER_ADDR" not in os.environ:
@@ -103,6 +106,14 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
                 "check MASTER_ADDR, MASTER_PORT and the number of processes",
             )
         )
+
+
+def _put_own_tools_first() -> None:
+    """Let DeepSpeed build its ops with this environment's ninja: with another one it builds them all again."""
+    own = str(Path(sys.executable).parent)
+    folders = os.environ.get("PATH", "").split(os.pathsep)
+    if folders[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, *folders])
 
 
 def _become_a_group_of_one() -> None:

@@ -36,6 +36,7 @@ class Case:
     clip_norm: float = 0.5
     z_loss: float = 1e-3
     seed: int = 3
+    small_steps: int = 0  # so many steps at the start take half the global batch, as a batch ramp does
     poisoned_step: int | None = None  # the step whose loss is made non-finite on rank 0
 
     @property
@@ -143,7 +144,8 @@ def step_batches(case: Case, step: int) -> list[Batch]:
     """This rank's micro-batches of a step; rows depend on the step and their number only."""
     rank, ranks, micro = distributed.rank(), distributed.world_size(), case.micro_batch_size
     batches = []
-    for index in range(case.global_batch_size // micro // ranks):
+    rows_of_step = case.global_batch_size // (2 if step < case.small_steps else 1)
+    for index in range(rows_of_step // micro // ranks):
         first = index * micro * ranks + rank * micro
         rows = [packed_row(step * case.global_batch_size + first + place) for place in range(micro)]
         batches.append(stack_rows(rows))

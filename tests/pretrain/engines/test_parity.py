@@ -38,6 +38,11 @@ def test_other_families_equal_plain(rank_pool: Pool, stage: int, model_type: str
     compare(rank_pool, Case("zero", zero_stage=stage, model_type=model_type, tied=tied, micro_batch_size=2), 2)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_batch_ramp_equals_plain(rank_pool: Pool, stage: int) -> None:
+    compare(rank_pool, Case("zero", zero_stage=stage, micro_batch_size=2, small_steps=2), 2)
+
+
 def test_accumulation_does_not_change_the_plain_engine(rank_pool: Pool) -> None:
     whole, cut = (plain(rank_pool, Case("plain", micro_batch_size=size)) for size in (8, 2))
     assert cut.losses == pytest.approx(whole.losses, rel=1e-6)
