@@ -5,7 +5,6 @@ Owns the order of things, not their content: an engine runs the step, the report
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from pretrain.training.guard import Guard
 from pretrain.training.metrics import StepMeter, perplexity
 from pretrain.training.progress import Progress
 from pretrain.training.stopping import StopRequest, should_stop_early
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +50,23 @@ class TrainingLoop:
             Preempted: after an orderly save, where the run was asked to stop before its last step.
             DivergedError: where too many steps had no finite gradient.
         """
-        last_saved = last_evaluated = progress.step
-        while progress.step < self.plan.total_steps:
+        while not self._is_finished(progress):
             progress = self._step(progress, steps)
-            if self._is_due(self.config.evaluation.every_steps, progress):
-                progress, last_evaluated = self._evaluate(progress), progress.step
-                if should_stop_early(progress, self.config.evaluation.early_stopping_patience):
-                    logger.info("stopping early: no better validation loss since step %s", progress.best_step)
-                    break
+            if self._is_due(self.config.evaluation.every_steps, progress) or self._is_finished(progress):
+                progress = self._evaluate(progress)
             is_stopping = self.stop.is_agreed()
-            is_best = last_evaluated == progress.step == progress.best_step and self.config.checkpoint.keep_best > 0
-            if is_stopping or is_best or self._is_due(self.config.checkpoint.every_steps, progress):
-                progress, last_saved = self._save(progress, is_best=is_best), progress.step
-            if is_stopping and progress.step < self.plan.total_steps:
-                raise Preempted(f"asked to stop ({self.stop.reason or 'on another rank'}); saved step {progress.step}")
-        is_best = False
-        if last_evaluated < progress.step:
-            progress = self._evaluate(progress)
-            is_best = progress.best_step == progress.step
-        if last_saved < progress.step:
-            progress = self._save(progress, is_best=is_best)
+            is_best = progress.best_step == progress.step and self.config.checkpoint.keep_best > 0
+            is_due = self._is_due(self.config.checkpoint.every_steps, progress)
+            if is_stopping or is_best or is_due or self._is_finished(progress):
+                progress = self._save(progress, is_best=is_best)
+            if is_stopping and not self._is_finished(progress):
+                raise Preempted(f"asked to stop ({self.stop.reason or 'on another rank'}) at step {progress.step}")
         return progress
+
+    def _is_finished(self, progress: Progress) -> bool:
+        """After the last step, and where validation stopped improving; a run that is started again stays finished."""
+        patience = self.config.evaluation.early_stopping_patience
+        return progress.step >= self.plan.total_steps or should_stop_early(progress, patience)
 
     def _step(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
         began = time.perf_counter()

@@ -1,0 +1,130 @@
+"""When the loop validates, saves, stops early and stops on request; the engine is the plain one on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.batch_plan import build_batch_plan
+from pretrain.checkpoint.store import CheckpointStore
+from pretrain.config import RunConfig
+from pretrain.engines.base import EvaluationResult
+from pretrain.engines.plain import PlainEngine
+from pretrain.errors import DivergedError, Preempted
+from pretrain.models.batch import Batch
+from pretrain.models.build import ModelBuilder
+from pretrain.optimization.schedules import build_schedule
+from pretrain.reporting.metrics_file import MetricsFile
+from pretrain.reporting.reporter import Reporter
+from pretrain.training.guard import Guard
+from pretrain.training.loop import TrainingLoop
+from pretrain.training.metrics import StepMeter
+from pretrain.training.progress import Progress
+from pretrain.training.stopping import StopRequest
+from tests.pretrain.engines.cases import Case, poison_next_forward, step_batches
+
+
+class ScriptedEngine(PlainEngine):
+    """The plain engine with validation losses as told."""
+
+    validation_losses: Iterator[float]
+
+    def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
+        return EvaluationResult(loss_sum=next(self.validation_losses) * 100, target_count=100)
+
+
+def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[TrainingLoop, ScriptedEngine]:
+    values = Case("plain").config.model_dump() | {"schedule": {"total_steps": 6}} | sections
+    values["optimizer"]["betas"] = tuple(values["optimizer"]["betas"])
+    config = RunConfig.model_validate(values)
+    builder = ModelBuilder(config.model, seed=1, sequence_length=48, execution=config.execution, loss=config.loss)
+    engine = ScriptedEngine(config, builder, torch.device("cpu"))
+    engine.validation_losses = iter(losses)
+    plan = build_batch_plan(config.batch, config.schedule, 1)
+    loop = TrainingLoop(
+        config=config,
+        plan=plan,
+        engine=engine,
+        schedule=build_schedule(config.schedule, plan),
+        validation={"main": lambda: iter(())},
+        reporter=Reporter(MetricsFile(folder / "metrics.jsonl")),
+        store=CheckpointStore(folder / "checkpoints", keep_last=1, keep_best=1),
+        metadata=lambda progress: {"parameters": engine.parameter_shapes()},
+        meter=StepMeter(device=torch.device("cpu")),
+        guard=Guard(config.guard),
+        stop=StopRequest(lambda claim: claim),
+    )
+    return loop, engine
+
+
+def steps_from(step: int) -> Iterator[list[Batch]]:
+    while True:
+        yield step_batches(Case("plain"), step)
+        step += 1
+
+
+def saved_steps(loop: TrainingLoop) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in loop.store.list()]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    loop, _ = build_loop(tmp_path, [5.0, 4.0, 4.5], evaluation={"every_steps": 2}, checkpoint={"every_steps": 3})
+    progress = loop.run(Progress(), steps_from(0))
+    assert (progress.step, progress.best_step, progress.best_validation_loss) == (6, 4, 4.0)
+    assert saved_steps(loop) == [4, 6]
+    best = loop.store.best()
+    assert best is not None
+    assert best.name == "step-00000004"
+    training = [line["step"] for line in lines(tmp_path) if "loss" in line]
+    assert training == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(tmp_path) if "validation/main/loss" in line] == [2, 4, 6]
+
+
+def test_early_stopping_ends_the_run_and_stays(tmp_path: Path) -> None:
+    section = {"every_steps": 1, "early_stopping_patience": 2}
+    loop, engine = build_loop(tmp_path, [5.0, 4.0, 4.5, 4.4], evaluation=section)
+    progress = loop.run(Progress(), steps_from(0))
+    assert (progress.step, progress.best_step) == (4, 2)
+    assert saved_steps(loop)[-1] == 4
+    engine.validation_losses = iter([])
+    assert loop.run(progress, steps_from(4)) == progress  # started again, it does nothing
+
+
+def test_a_request_to_stop_saves_and_says_preempted(tmp_path: Path) -> None:
+    loop, _ = build_loop(tmp_path, [5.0])
+    steps = steps_from(0)
+
+    def asked() -> Iterator[list[Batch]]:
+        yield next(steps)
+        loop.stop.request("a test")
+        yield next(steps)
+
+    with pytest.raises(Preempted, match="a test"):
+        loop.run(Progress(), asked())
+    assert saved_steps(loop) == [2]
+    checkpoint = loop.store.newest_valid()
+    assert checkpoint is not None
+    assert Progress.from_json(checkpoint.manifest.progress).samples_consumed == 16
+
+
+def test_skipped_steps_are_counted_and_end_the_run_when_they_pile_up(tmp_path: Path) -> None:
+    loop, engine = build_loop(tmp_path, [5.0], guard={"max_skipped_in_a_row": 2})
+
+    def poisoned(steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        for number, batches in enumerate(steps):
+            if number in (1, 3, 4):
+                poison_next_forward(engine)
+            yield batches
+
+    with pytest.raises(DivergedError, match="steps in a row"):
+        loop.run(Progress(), poisoned(steps_from(0)))
+    assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 0, 1]
