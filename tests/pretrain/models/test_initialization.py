@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pretrain.models.initialization import initialize
@@ -90,10 +91,16 @@ def test_tied_weights_keep_the_values_of_their_first_name(model_type: str) -> No
 
 
 def test_lower_precisions_hold_the_rounded_fp32_values() -> None:
-    expected = values(built())
-    builder = small_builder()
-    model = builder.construct().to(torch.bfloat16)
-    builder.fill(model)
+    def draw_uniformly(network: PreTrainedModel, module: nn.Module) -> None:
+        """Unlike its normal distribution, torch's uniform one differs by dtype."""
+        for parameter in module.parameters(recurse=False):
+            parameter.uniform_(-1, 1)
+
+    with mock.patch("transformers.models.llama.modeling_llama.LlamaPreTrainedModel._init_weights", draw_uniformly):
+        expected = values(built())
+        builder = small_builder()
+        model = builder.construct().to(torch.bfloat16)
+        builder.fill(model)
     assert_equal(values(model.network), {name: weight.bfloat16() for name, weight in expected.items()})
 
 
@@ -105,7 +112,7 @@ def test_gather_sees_every_parameter_in_the_pieces_that_are_written() -> None:
         parameter.data.fill_(torch.nan)
 
     class Piece:
-        def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
             self.given, self.outside = parameters, []
 
         def __enter__(self) -> None:
