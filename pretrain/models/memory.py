@@ -89,19 +89,18 @@ def estimate_memory(shape: Architecture, count: ParameterCount, layout: Layout, 
 
     State, after ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, sections 3 and 5): per parameter the weight in the
     training precision, its gradient, and in fp32 a master and two moments; cut by the ranks from stage 1 (master and
-    moments), 2 (gradients) and 3 (weights) on. Gradients of bf16 weights are summed in fp32. Assumes sdpa or flash
-    attention, which keep no T x T matrix, and no compilation.
+    moments), 2 (gradients) and 3 (weights) on. Assumes sdpa or flash attention, which keep no T x T matrix, and no
+    compilation.
     """
     parameters = parameters_of_rank(count, shape.layers, tensor=layout.tensor, pipeline=layout.pipeline)
     shard = -(-parameters // layout.shards)
     optimizer_share = shard if layout.stage >= 1 else parameters
     # without ZeRO, fp32 weights are their own masters; DeepSpeed's ZeRO optimizers keep a copy even then
     has_masters = step.precision != "fp32" or layout.stage > 0
-    gradient_bytes = 2 if step.precision == "fp16" else FP32_BYTES
     return MemoryEstimate(
         weights=step.low * (shard if layout.stage == 3 else parameters),
         gathered_weights=step.low * min(parameters, layout.buffers.max_live_parameters) if layout.stage == 3 else 0,
-        gradients=gradient_bytes * (shard if layout.stage >= 2 else parameters),
+        gradients=_gradient_bytes(layout, step) * (shard if layout.stage >= 2 else parameters),
         master_weights=FP32_BYTES * optimizer_share if has_masters else 0,
         moments=MOMENTS * FP32_BYTES * optimizer_share,
         communication=_communication_bytes(parameters, layout, step),
@@ -119,12 +118,30 @@ def parameters_of_rank(count: ParameterCount, layers: int, *, tensor: int, pipel
     return in_layers + tables // tensor + count.positions
 
 
+def _gradient_bytes(layout: Layout, step: Step) -> int:
+    """Bytes of a parameter's gradient. bf16 gradients are summed in fp32, except by DeepSpeed without ZeRO.
+
+    DeepSpeed's stage 1 keeps both: the sums, and the last micro-batch's bf16 gradient until the next backward.
+    """
+    if layout.engine == "zero" and layout.stage == 0:
+        return step.low
+    if step.precision == "bf16":
+        return FP32_BYTES + (step.low if layout.stage == 1 else 0)
+    return step.low
+
+
 def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
-    if layout.engine != "zero" or layout.shards == 1:
+    """Reduction buckets. DeepSpeed makes them whole, however small the model, where it gathers gradients as they come.
+
+    Stage 0, and stage 1 in bf16, reduce after backward instead, in pieces of at most a bucket.
+    """
+    bucket = layout.buffers.reduce_bucket_size
+    if layout.engine != "zero":
         return 0
-    sums_in_fp32 = step.precision == "bf16" and layout.stage == 1
-    buckets = 2 if layout.buffers.overlap_comm else 1
-    return buckets * min(parameters, layout.buffers.reduce_bucket_size) * (FP32_BYTES if sums_in_fp32 else step.low)
+    if layout.stage == 0 or (layout.stage == 1 and step.precision == "bf16"):
+        return min(parameters, bucket) * (FP32_BYTES if layout.stage else step.low) if layout.shards > 1 else 0
+    doubled = layout.buffers.overlap_comm and layout.stage < 3
+    return bucket * step.low * (2 if doubled else 1)
 
 
 def _activation_bytes(shape: Architecture, layout: Layout, step: Step) -> int:

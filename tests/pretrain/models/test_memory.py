@@ -107,8 +107,8 @@ PARAMETERS = 6_738_415_616
 @pytest.mark.parametrize(
     ("precision", "stage", "weights", "gradients", "masters", "moments"),
     [
-        ("bf16", 0, 2, 4, 4, 8),
-        ("bf16", 1, 2, 4, 4 / 8, 8 / 8),
+        ("bf16", 0, 2, 2, 4, 8),
+        ("bf16", 1, 2, 6, 4 / 8, 8 / 8),
         ("bf16", 2, 2, 4 / 8, 4 / 8, 8 / 8),
         ("bf16", 3, 2 / 8, 4 / 8, 4 / 8, 8 / 8),
         ("fp16", 1, 2, 2, 4 / 8, 8 / 8),
@@ -142,7 +142,8 @@ def test_logits_depend_on_the_chunk_and_not_on_the_batch() -> None:
 def test_gathered_weights_and_buckets_keep_to_the_files_limits() -> None:
     assert estimate(3, 8).gathered_weights == 2 * Buffers().max_live_parameters
     assert estimate(2, 8).communication == 2 * Buffers().reduce_bucket_size
-    assert estimate(2, 1).communication == 0
+    assert estimate(1, 8).communication == 4 * Buffers().reduce_bucket_size
+    assert estimate(1, 1).communication == 0
     assert estimate(engine="plain").communication == 0
 
 
