@@ -93,11 +93,12 @@ def resolve_architecture(section: ModelSection, sequence_length: int) -> Archite
     model_type, given = model_type_and_fields(section)
     family = FAMILIES.get(model_type)
     if family is None:
-        raise UnknownFamily(model_type, given)
-    declared_here = set(section.fields)  # a published config.json may carry anything; the user's own words may not
+        raise UnknownFamily(model_type)
+    # a published config.json may carry anything; the user's own words may not
     problems = [
         _unknown(f"unknown field model.{name} for {model_type}", name, sorted(family.known_fields))
-        for name in declared_here - family.known_fields
+        for name in section.fields
+        if name not in family.known_fields
     ]
     own = _declared_names(family, given)
     fields = {**family.shape_defaults, **own}
@@ -116,16 +117,11 @@ def resolve_architecture(section: ModelSection, sequence_length: int) -> Archite
 
 
 class UnknownFamily(Exception):  # noqa: N818 - a question for the caller, who builds the model instead
-    """The model type is not one of `FAMILIES`."""
-
-    def __init__(self, model_type: str, fields: Mapping[str, Any]) -> None:
-        self.model_type = model_type
-        self.fields = dict(fields)
-        super().__init__(model_type)
+    """The model type, which is not one of `FAMILIES`."""
 
 
 def _from_fields(model_type: str, family: Family, fields: Mapping[str, Any]) -> Architecture:
-    general = {own: name for name, own in family.aliases.items()} if model_type == "gpt2" else {}
+    general = {own: name for name, own in family.aliases.items()}
     value = {general.get(name, name): setting for name, setting in fields.items()}
     heads, hidden = value["num_attention_heads"], value["hidden_size"]
     biased = family.always_biased
@@ -140,7 +136,7 @@ def _from_fields(model_type: str, family: Family, fields: Mapping[str, Any]) -> 
         heads=heads,
         key_value_heads=value.get("num_key_value_heads") or heads,
         head_dim=value.get("head_dim") or hidden // heads,
-        intermediate_size=value.get("n_inner" if biased else "intermediate_size") or 4 * hidden,
+        intermediate_size=value.get("intermediate_size") or value.get("n_inner") or 4 * hidden,
         positions=value["max_position_embeddings"],
         tied_embeddings=value["tie_word_embeddings"],
         learned_positions=family.learned_positions,
@@ -173,7 +169,7 @@ def _window(family: Family, value: Mapping[str, Any]) -> tuple[int | None, int]:
 
 
 def _experts(value: Mapping[str, Any]) -> int:
-    return int(value.get("num_local_experts", value.get("num_experts", 0)) or 0)
+    return int(value.get("num_local_experts", value.get("num_experts", 0)))
 
 
 def _sparse_layers(value: Mapping[str, Any]) -> int:
