@@ -58,6 +58,7 @@ step "Pretrain with DeepSpeed on $ranks ranks" \
     torchrun --standalone --nproc-per-node "$ranks" -m pretrain train "${run[@]}" --resume auto
 step 'Evaluate' pretrain evaluate "$output"
 step 'Generate' pretrain generate "$output" --prompt "$prompt" --max-new-tokens 60
+rm -rf "$output/exported" # of an earlier call, perhaps of an earlier step
 step 'Export to a Hugging Face folder' pretrain export "$output" --output "$output/exported"
 
 say "Five lines that know only transformers"
@@ -65,7 +66,7 @@ python - "$output/exported" "$prompt" <<'PYTHON'
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1])
-written = model.generate(**tokenizer(sys.argv[2], return_tensors="pt"), max_new_tokens=40)
+written = model.generate(**tokenizer(sys.argv[2], return_tensors="pt"), max_new_tokens=40, do_sample=True)
 print(tokenizer.decode(written[0]))
 PYTHON
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.readme import tested_commands
+from tests.architecture import readme
 from tests.distributed.ranks import REPOSITORY
 from tests.launch import jobs
 
@@ -32,6 +32,6 @@ def test_the_quickstart_learns_and_repeats_nothing(tmp_path: Path) -> None:
 def test_the_readme_s_commands_run_in_order(tmp_path: Path) -> None:
     for folder in ("launch", "ds_configs"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
-    for number, command in enumerate(tested_commands()):
+    for number, command in enumerate(readme.tested_commands()):
         jobs.run(["bash", "-c", command], log=tmp_path / f"{number}.log", folder=tmp_path, deadline_seconds=240)
     assert len(jobs.losses(tmp_path / "runs/mine")) > 0
