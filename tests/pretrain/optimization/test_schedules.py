@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 import math
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def test_multipliers_rise_then_fall_within_bounds(name: str, total: int, warmup:
     assert all(0 <= value <= 1 for value in values)
     assert values[0] > 0 or (final == 0 and total == 1)
     assert values[:warmup] == sorted(values[:warmup])
-    assert values[warmup:] == sorted(values[warmup:], reverse=True)
+    rounding = 1e-12  # where final_fraction is next to 1, the curve is flat up to the last bit
+    assert all(later <= earlier + rounding for earlier, later in pairwise(values[warmup:]))
 
 
 def test_a_warmup_in_tokens_counts_the_ramp() -> None:
