@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
