@@ -7,6 +7,7 @@ living process holds are removed first. Run as `python -m launch.warm_deepspeed 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,21 +31,23 @@ def main() -> int:
         lock.unlink(missing_ok=True)
     deadline_seconds = int(sys.argv[1]) if len(sys.argv) > 1 else DEADLINE_SECONDS
     began = time.monotonic()
+    build = subprocess.Popen(
+        [sys.executable, "-c", BUILD],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # compilers that it starts end with it
+    )
     try:
-        built = subprocess.run(
-            [sys.executable, "-c", BUILD],
-            timeout=deadline_seconds,
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        written, _ = build.communicate(timeout=deadline_seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(build.pid, signal.SIGKILL)
+        build.wait()
         print(f"the build did not end in {deadline_seconds} s: is another build running in {cache}?")
         return 1
-    if built.returncode:
-        print(built.stdout[-3000:], built.stderr[-3000:], sep="\n")
-        print("the build failed: is a C++ compiler (g++) installed?")
+    if build.returncode:
+        print(written[-3000:], "the build failed: is a C++ compiler (g++) installed?", sep="\n")
         return 1
     print(f"ready after {time.monotonic() - began:.0f} s")
     return 0
