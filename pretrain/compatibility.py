@@ -21,6 +21,7 @@ Feature = Literal[
     "ZeRO stage 2",
     "ZeRO stage 3",
     "precision fp16",
+    "guard.on_non_finite stop",
     "tensor parallelism",
     "pipeline parallelism",
     "sequence parallelism",
@@ -58,6 +59,7 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "ZeRO stage 2": lambda run: run.config.parallel.zero_stage == 2,
     "ZeRO stage 3": lambda run: run.config.parallel.zero_stage == 3,
     "precision fp16": lambda run: run.config.precision == "fp16",
+    "guard.on_non_finite stop": lambda run: run.config.guard.on_non_finite == "stop",
     "tensor parallelism": lambda run: run.config.parallel.tensor > 1,
     "pipeline parallelism": lambda run: run.config.parallel.pipeline > 1,
     "sequence parallelism": lambda run: run.config.parallel.sequence > 1,
@@ -118,6 +120,11 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("engine plain", "ZeRO stage 0"): _NO_SHARDING,
     ("engine plain", "ZeRO stage 2"): _NO_SHARDING,
     ("engine plain", "ZeRO stage 3"): _NO_SHARDING,
+    ("precision fp16", "guard.on_non_finite stop"): Refusal(
+        reason="fp16 finds its loss scale by steps that overflow and are skipped, so the run would stop at once",
+        allowed="guard.on_non_finite: skip",
+        change="set guard.on_non_finite=skip, or precision=bf16",
+    ),
     ("precision fp16", "ZeRO stage 0"): Refusal(
         reason="DeepSpeed's fp16 optimizer without ZeRO does not say which weights it holds, so nothing could be saved",
         allowed="stages 1, 2, 3",
