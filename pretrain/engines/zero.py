@@ -82,8 +82,8 @@ class ZeroEngine:
         """See Engine."""
         engine = self._engine
         engine.train()
-        targets = torch.tensor([sum(batch.target_count for batch in micro_batches)], dtype=torch.float32)
-        targets = distributed.all_reduce_sum(targets.to(self._device)).clamp(min=1)
+        targets = torch.tensor(float(sum(batch.target_count for batch in micro_batches)), device=self._device)
+        targets = distributed.all_reduce_sum(targets).clamp(min=1)
         # DeepSpeed averages gradients over ranks: undo that, for ours is one mean over the global batch
         weight = self._ranks / targets
         sums = torch.zeros(2, device=self._device)
@@ -92,7 +92,7 @@ class ZeroEngine:
             engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss_sum, z_loss_sum = engine(batch.to(self._device))
             loss = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
-            engine.backward(loss.squeeze(), scale_wrt_gas=False)
+            engine.backward(loss, scale_wrt_gas=False)
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         norm, skipped = self._update()
         loss, z_loss = distributed.all_reduce_sum(sums) / targets
@@ -105,7 +105,6 @@ class ZeroEngine:
             norm = torch.nn.utils.get_total_norm(gradients)
             if not bool(norm.isfinite()):
                 engine.zero_grad()
-                engine.optimizer.zero_grad()
                 return norm, True
             engine.step()
             return norm, False
