@@ -187,7 +187,12 @@ def _say_what_was_made(manifests: Mapping[str, Manifest]) -> None:
     for name, manifest in manifests.items():
         rows = ""
         if manifest.packing is not None:
-            rows = f", {manifest.tokens // manifest.packing.sequence_length:,} rows"
+            packing = manifest.packing
+            rows = (
+                f", {manifest.tokens // packing.sequence_length:,} rows, "
+                f"{packing.padding_tokens:,} of padding ({packing.padding_tokens / manifest.tokens:.4%}), "
+                f"{packing.cut_documents:,} documents cut"
+            )
         typer.echo(f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens{rows}")
     first = next(iter(manifests.values()))
     for reason, count in first.dropped.items():

@@ -24,3 +24,4 @@ class PackMethod(str, Enum):
     """How documents are laid into rows."""
 
     CONCAT = "concat"  # rows are consecutive pieces of the stream; a document may go on in the next row
+    BEST_FIT = "best-fit"  # only documents longer than a row are cut; the others are fitted together, rows padded

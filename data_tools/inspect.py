@@ -46,6 +46,7 @@ def describe_manifest(manifest: Manifest) -> str:
         count = manifest.tokens // packing.sequence_length
         lines.append(f"rows         {count:,} of {packing.sequence_length:,} tokens, {packing.method}")
         lines.append(f"padding      {packing.padding_tokens:,} tokens")
+        lines.append(f"cut          {packing.cut_documents:,} documents lie in more than one row")
     if manifest.unigram_entropy_nats is not None:
         lines.append(f"unigram      {manifest.unigram_entropy_nats:.4f} nats per token (entropy of the training split)")
     for reason, count in manifest.dropped.items():
@@ -77,17 +78,24 @@ def describe_rows(dataset: TokenDataset, count: int, first: int = 0, sequence_le
             lines.append(f"--- document {what} at {start} ({stop - start} tokens) ---")
             ids = row.tokens[start:stop].tolist()
             lines.append(" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids))
-        lines.append(
-            f"=== ends, {'the document goes on' if row.next_token is not None else 'so does the document'} ==="
-        )
+        after = "starts anew" if row.next_token is None else "goes on with this document"
+        lines.append(f"=== ends, the next row {after} ===")
     return "\n".join(lines)
 
 
 def document_lengths(dataset: TokenDataset) -> NDArray[np.int64]:
-    """Return the length of every document in tokens, its EOS included, padding not."""
-    padding = dataset.manifest.packing.padding_tokens if dataset.manifest.packing is not None else 0
+    """Return the length of every document in tokens, its EOS included, padding not.
+
+    Where best-fit packing laid the end of a document apart from its beginning, the two count on their own.
+    """
     starts = dataset.document_starts(0, dataset.token_count)
-    return np.diff(np.append(starts, dataset.token_count - padding))
+    lengths = np.diff(starts, append=dataset.token_count)
+    padding = dataset.row_padding()
+    padded = np.flatnonzero(padding)
+    if padded.size:  # padding follows the last piece of its row
+        row_stops = (padded + 1) * (dataset.sequence_length or 0)
+        lengths[np.searchsorted(starts, row_stops) - 1] -= padding[padded]
+    return lengths
 
 
 def length_histogram(lengths: NDArray[np.int64]) -> str:

@@ -42,6 +42,8 @@ class Packing:
     method: str
     sequence_length: int  # tokens a row
     padding_tokens: int = 0
+    cut_documents: int = 0  # that lie in more than one row
+    loose_ends: int = 0  # ends of cut documents that lie apart from their beginning: shards count them as documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,8 @@ class Manifest:
     @property
     def documents(self) -> int:
         """Documents that begin in the shards."""
-        return sum(shard.documents for shard in self.shards)
+        loose_ends = 0 if self.packing is None else self.packing.loose_ends
+        return sum(shard.documents for shard in self.shards) - loose_ends
 
     def for_split(self, split: str) -> Manifest:
         """Return the same manifest for another split."""

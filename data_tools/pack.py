@@ -1,6 +1,7 @@
 """Packs documents into rows of one length, with a sidecar of where documents start.
 
 Reads and writes datasets through token_shards only; training may also read plain datasets as rows without this step.
+Which document lies where under best fit is pack_plan.py's.
 """
 
 from __future__ import annotations
@@ -8,14 +9,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
 from data_tools.choices import PackMethod
 from data_tools.errors import ShardError, UsageError
 from data_tools.manifest import MANIFEST_NAME, Manifest, Packing, SourceRange, load_manifest
+from data_tools.pack_plan import PackPlan, plan_best_fit
 from data_tools.publish import Made, is_finished, staged_output
 from data_tools.shard_verify import split_folders
 from data_tools.shard_writer import SHARD_TOKENS, ShardWriter
@@ -50,7 +55,14 @@ def pack(
         for folder in folders:
             source = open_dataset(folder)
             draft = _draft(source, sequence_length, method, request)
-            manifests[draft.split] = _pack_concat(source, staging / draft.split, draft, shard_tokens)
+            with ShardWriter(staging / draft.split, draft, shard_tokens=shard_tokens) as writer:
+                lay_rows = {PackMethod.CONCAT: _lay_end_to_end, PackMethod.BEST_FIT: _lay_best_fit}[method]
+                manifests[draft.split] = writer.finish(
+                    dropped=draft.dropped,
+                    dropped_examples=draft.dropped_examples,
+                    unigram_entropy_nats=draft.unigram_entropy_nats,
+                    packing=lay_rows(source, writer, Packing(method=method.value, sequence_length=sequence_length)),
+                )
         tokenizer = next(
             (path for path in (dataset / "tokenizer", dataset.parent / "tokenizer") if path.is_dir()), None
         )
@@ -77,23 +89,56 @@ def _draft(source: TokenDataset, sequence_length: int, method: PackMethod, reque
     )
 
 
-def _pack_concat(source: TokenDataset, folder: Path, draft: Manifest, shard_tokens: int) -> Manifest:
-    assert draft.packing is not None
-    length = draft.packing.sequence_length
-    padding = 0
-    with ShardWriter(folder, draft, shard_tokens=shard_tokens) as writer:
-        continues = False
-        for index in range(source.row_count(length)):
-            row = source.row(index, length)
-            first = index * length
-            made_from = SourceRange(file=str(source.folder), start=first, stop=first + row.used, unit="tokens")
-            # a row whose starts leave out 0 goes on with the last document of the row before
-            writer.append_row(row.tokens, row.starts[1:] if continues else row.starts, row.used, made_from)
-            continues = row.next_token is not None
-            padding += length - row.used
-        return writer.finish(
-            dropped=draft.dropped,
-            dropped_examples=draft.dropped_examples,
-            unigram_entropy_nats=draft.unigram_entropy_nats,
-            padding_tokens=padding,
-        )
+def _lay_end_to_end(source: TokenDataset, writer: ShardWriter, packing: Packing) -> Packing:
+    length = packing.sequence_length
+    padding = cut = 0
+    continues = False
+    for index in range(source.row_count(length)):
+        row = source.row(index, length)
+        first = index * length
+        made_from = SourceRange(file=str(source.folder), start=first, stop=first + row.used, unit="tokens")
+        # a row whose starts leave out 0 goes on with the last document of the row before
+        writer.append_row(row.tokens, row.starts[1:] if continues else row.starts, row.used, made_from)
+        padding += length - row.used
+        goes_on = row.next_token is not None
+        cut += goes_on and not (continues and len(row.starts) == 1)  # counted where it begins
+        continues = goes_on
+    return replace(packing, padding_tokens=padding, cut_documents=cut)
+
+
+def _lay_best_fit(source: TokenDataset, writer: ShardWriter, packing: Packing) -> Packing:
+    plan = plan_best_fit(
+        source.document_starts(0, source.token_count), source.token_count, sequence_length=packing.sequence_length
+    )
+    # the plan needs every length and takes tokens from anywhere: a shard is rebuilt from the whole of the source
+    made_from = SourceRange(file=str(source.folder), start=0, stop=source.token_count, unit="tokens")
+    _lay_long_documents(source, writer, plan, made_from)
+    _lay_mixed_rows(source, writer, plan, made_from)
+    return replace(
+        packing,
+        padding_tokens=plan.padding_tokens,
+        cut_documents=plan.cut_documents,
+        loose_ends=plan.loose_ends,
+    )
+
+
+def _lay_long_documents(source: TokenDataset, writer: ShardWriter, plan: PackPlan, made_from: SourceRange) -> None:
+    length = plan.sequence_length
+    starts_here, goes_on = np.zeros(1, np.int32), np.empty(0, np.int32)
+    for position, rows in zip(plan.long_starts.tolist(), plan.long_rows.tolist(), strict=True):
+        for row in range(rows):
+            tokens = source.tokens(position + row * length, length)
+            writer.append_row(tokens, goes_on if row else starts_here, length, made_from)
+
+
+def _lay_mixed_rows(source: TokenDataset, writer: ShardWriter, plan: PackPlan, made_from: SourceRange) -> None:
+    # a slice and a copy for each piece: indexing the map by token position costs more than that a token
+    for first, stop in pairwise(plan.mixed_first.tolist()):
+        tokens: NDArray[np.integer] = np.full(plan.sequence_length, source.eos_id, source.manifest.dtype)
+        lengths = plan.piece_lengths[first:stop]
+        starts = (np.cumsum(lengths) - lengths).astype(np.int32)
+        used = 0
+        for position, count in zip(plan.piece_starts[first:stop].tolist(), lengths.tolist(), strict=True):
+            tokens[used : used + count] = source.tokens(position, count)
+            used += count
+        writer.append_row(tokens, starts, used, made_from)

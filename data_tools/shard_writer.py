@@ -23,6 +23,7 @@ from data_tools.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
+    Packing,
     ShardRecord,
     SourceRange,
     save_manifest,
@@ -99,18 +100,17 @@ class ShardWriter:
         dropped: Mapping[str, int] | None = None,
         dropped_examples: Sequence[str] = (),
         unigram_entropy_nats: float | None = None,
-        padding_tokens: int = 0,
+        packing: Packing | None = None,
     ) -> Manifest:
-        """Publish the last shard, then the manifest, and return it."""
+        """Publish the last shard, then the manifest, and return it; `packing` adds what only writing has shown."""
         self._publish_shard()
-        packing = self.draft.packing
         manifest = replace(
             self.draft,
             shards=tuple(self.shards),
             dropped=dict(dropped or {}),
             dropped_examples=tuple(dropped_examples),
             unigram_entropy_nats=unigram_entropy_nats,
-            packing=None if packing is None else replace(packing, padding_tokens=padding_tokens),
+            packing=packing or self.draft.packing,
         )
         sync_folder(self.folder)
         save_manifest(manifest, self.folder)

@@ -151,6 +151,16 @@ class TokenDataset:
             start = first + len(shard.tokens)
         return np.concatenate(found)
 
+    def row_padding(self) -> NDArray[np.int32]:
+        """Return the padding tokens at the end of each packed row, (rows,) int32; (0,) if not packed."""
+        found = [np.empty(0, np.int32)]
+        if self.sequence_length is not None:
+            for position in self._first_tokens[:-1]:
+                boundaries = self._shard_at(position)[0].boundaries
+                assert boundaries is not None
+                found.append(self.sequence_length - boundaries.used)
+        return np.concatenate(found)
+
     def row_count(self, sequence_length: int) -> int:
         """Return the number of rows of this length (tokens); the last one may be padded, no token is left out.
 

@@ -102,7 +102,7 @@ def test_verify_names_what_is_broken(run, prepared: Path) -> None:
         (["prepare"], 64),
         (["prepare", "in.jsonl", "--tokenizer", "t", "--output", "o", "--split", "2"], 64),
         (["prepare", "missing.jsonl", "--tokenizer", "missing", "--output", "o"], 65),
-        (["pack", ".", "--sequence-length", "8", "--method", "best-fit", "--output", "o"], 64),
+        (["pack", ".", "--sequence-length", "8", "--method", "first-fit", "--output", "o"], 64),
         (["pack", ".", "--sequence-length", "0", "--output", "o"], 64),
         (["verify", "."], 65),
         (["inspect", "missing"], 65),
