@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from data_tools.manifest import load_manifest, save_manifest
 from data_tools.pack import pack
-from data_tools.token_shards import ShardError, open_dataset, verify_dataset
+from data_tools.token_shards import Fault, ShardError, open_dataset, verify_dataset
 from tests.data_tools.conftest import write_dataset
 
 SUFFIXES = ["bin", "idx", "bnd"]
@@ -113,3 +115,35 @@ def test_no_dataset_at_all(tmp_path: Path) -> None:
         open_dataset(tmp_path)
     with pytest.raises(ShardError, match="holds no dataset"):
         verify_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_faults_come_in_the_order_of_the_shards_for_any_number_of_threads(packed: Path, workers: int) -> None:
+    names = [shard.name for shard in load_manifest(packed).shards]
+    assert len(names) > 3
+    for name in names:
+        path = packed / f"{name}.bin"
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    faults = verify_dataset(packed.parent, workers=workers)
+    assert [fault.path.stem for fault in faults] == names
+    assert str(faults[1]).endswith(f"(made from {packed.parent.parent}/plain/train tokens 64-128)")
+
+
+def test_shards_are_checked_at_the_same_time(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Barrier(2, timeout=30)  # breaks, and verify raises, unless two shards are under way at once
+    checked = count()
+
+    def check(*arguments: object) -> list[Fault]:
+        if next(checked) < 2:
+            both.wait()
+        return []
+
+    monkeypatch.setattr("data_tools.shard_verify._shard_faults", check)
+    assert verify_dataset(packed, workers=2) == []
+    assert next(checked) == len(load_manifest(packed).shards) > 2
+
+
+def test_a_negative_token_is_outside_the_vocabulary(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [[5, -2, 5]], dtype="int32")
+    (fault,) = verify_dataset(tmp_path)
+    assert "the vocabulary has 60000" in fault.problem
