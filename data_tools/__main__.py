@@ -107,6 +107,19 @@ def pack(
     _say_what_was_made(packed.manifests)
 
 
+@app.command()
+def merge(
+    datasets: Annotated[list[Path], typer.Argument(help="Dataset folders, or splits, of one tokenizer and packing.")],
+    output: Output,
+) -> None:
+    """Make one dataset of several without copying their tokens: shards are hard links."""
+    from data_tools.merge import merge as merge_datasets
+
+    merged = merge_datasets(datasets, output)
+    _say_if_reused(output, merged.reused)
+    _say_what_was_made(merged.manifests)
+
+
 @app.command("inspect")
 def inspect_dataset(
     dataset: Dataset,
