@@ -6,6 +6,7 @@ target tokens of the global batch), the accumulation boundary, the learning rate
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -67,6 +68,8 @@ class ZeroEngine:
         }
         # ZeRO-3 leaves empty tensors in place of weights and keeps their shapes beside them
         self._shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in parameters.items()}
+        # DeepSpeed collects garbage six times while it starts: what lives now lives to the end, so leave it out
+        gc.freeze()
         with quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=self._model,
