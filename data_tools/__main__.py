@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_tools.choices import BadLinePolicy, PackMethod, Split, TokenFormat, TokenizerType
+from data_tools.choices import Backend, BadLinePolicy, PackMethod, TokenizerType
 from data_tools.errors import DataToolsError, ShardError, UsageError
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ def train_tokenizer(
     """Train a tokenizer and save a folder that AutoTokenizer loads."""
     _use_threads(workers)
     from data_tools.corpus import Corpus
+    from data_tools.ranges import Piece
     from data_tools.readers import find_inputs
     from data_tools.tokenizer_training import make_tokenizer
 
-    corpus = Corpus(files=find_inputs(inputs), text_key=text_key, on_bad_line=on_bad_line)
+    pieces = [Piece(file=file) for file in find_inputs(inputs)]
+    corpus = Corpus(pieces=pieces, text_key=text_key, on_bad_line=on_bad_line)
     made, reused = make_tokenizer(corpus, kind, vocab_size, output)
     _say_if_reused(output, reused)
     for reason, count in corpus.dropped.items():
@@ -70,14 +73,17 @@ def prepare(
     id_key: Annotated[str, typer.Option(help="Key of the document's name in a JSON line.")] = "id",
     split: Annotated[str, typer.Option(help="Shares of train, validation, test.")] = "0.98,0.01,0.01",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
-    workers: Workers = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that encode; default: one a core.")] = None,
+    backend: Annotated[Backend, typer.Option(help="Library that encodes; the tokens are the same.")] = Backend.AUTO,
     on_bad_line: BadLine = BadLinePolicy.FAIL,
     eos_token: Annotated[str | None, typer.Option(help="End of document; default: the tokenizer's own.")] = None,
 ) -> None:
-    """Encode text into token shards, split into train, validation and test."""
+    """Encode text into token shards, split into train, validation and test; run again, it goes on where it stopped."""
     _use_threads(workers)
+    from data_tools.preparation_report import show_report
     from data_tools.prepare import PrepareOptions, parse_fractions
     from data_tools.prepare import prepare as prepare_dataset
+    from data_tools.progress import EncodingProgress
 
     options = PrepareOptions(
         text_key=text_key,
@@ -87,9 +93,16 @@ def prepare(
         on_bad_line=on_bad_line,
         eos_token=eos_token,
     )
-    prepared = prepare_dataset(inputs, tokenizer, output, options)
+    workers = workers or len(os.sched_getaffinity(0))
+    began = time.monotonic()
+    with EncodingProgress() as progress:
+        prepared = prepare_dataset(
+            inputs, tokenizer, output, options, workers=workers, backend=backend, progress=progress
+        )
     _say_if_reused(output, prepared.reused)
     _say_what_was_made(prepared.manifests)
+    if not prepared.reused:
+        show_report(output, time.monotonic() - began)
 
 
 @app.command()
@@ -118,39 +131,6 @@ def merge(
     merged = merge_datasets(datasets, output)
     _say_if_reused(output, merged.reused)
     _say_what_was_made(merged.manifests)
-
-
-@app.command("import")
-def import_token_files(
-    inputs: Annotated[list[Path], typer.Argument(help="Token files: .bin (or .idx), .bin, .ds, .npy.")],
-    layout: Annotated[TokenFormat, typer.Option("--from", help="Whose files they are.")],
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made them: its folder or tokenizer.json.")],
-    output: Output,
-    split: Annotated[Split, typer.Option(help="The split that they become; merge joins splits.")] = Split.TRAIN,
-    split_at_eos: Annotated[bool, typer.Option(help="Documents end at EOS, in files without boundaries.")] = False,
-    eos_token: Annotated[str | None, typer.Option(help="End of document; default: the tokenizer's own.")] = None,
-) -> None:
-    """Make a dataset from token files of Megatron, nanoGPT, datatrove or NumPy."""
-    from data_tools.interchange import import_tokens
-
-    imported = import_tokens(
-        inputs, layout, tokenizer, output, split=split, split_at_eos=split_at_eos, eos_token=eos_token
-    )
-    _say_if_reused(output, imported.reused)
-    _say_what_was_made(imported.manifests)
-
-
-@app.command("export")
-def export_token_files(
-    dataset: Dataset,
-    layout: Annotated[TokenFormat, typer.Option("--to", help="Who shall read the files.")],
-    output: Output,
-) -> None:
-    """Write a dataset of documents as token files of Megatron, nanoGPT, datatrove or NumPy."""
-    from data_tools.interchange import export_tokens
-
-    for path in export_tokens(dataset, layout, output):
-        typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
 @app.command("inspect")

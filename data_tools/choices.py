@@ -20,25 +20,16 @@ class BadLinePolicy(str, Enum):
     QUARANTINE = "quarantine"  # count it and keep it in quarantine.jsonl
 
 
+class Backend(str, Enum):
+    """The libraries that encode; their tokens are the same."""
+
+    AUTO = "auto"  # gigatoken where it is installed and knows the tokenizer, else tokenizers
+    TOKENIZERS = "tokenizers"
+    GIGATOKEN = "gigatoken"
+
+
 class PackMethod(str, Enum):
     """How documents are laid into rows."""
 
     CONCAT = "concat"  # rows are consecutive pieces of the stream; a document may go on in the next row
     BEST_FIT = "best-fit"  # only documents longer than a row are cut; the others are fitted together, rows padded
-
-
-class Split(str, Enum):
-    """The parts of a dataset."""
-
-    TRAIN = "train"
-    VALIDATION = "validation"
-    TEST = "test"
-
-
-class TokenFormat(str, Enum):
-    """Whose token files are imported or exported."""
-
-    MEGATRON = "megatron"  # .bin and .idx
-    NANOGPT = "nanogpt"  # .bin of uint16, no boundaries
-    DATATROVE = "datatrove"  # .ds and .ds.index
-    NPY = "npy"  # a vector, and its documents' lengths beside it

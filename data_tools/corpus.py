@@ -1,4 +1,4 @@
-"""The usable documents of a set of files: bad records are refused, counted or set aside as told.
+"""The usable documents of pieces of files: bad records are refused, counted or set aside as told.
 
 Reading a file is readers.py's; what becomes of the documents is the caller's.
 """
@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,63 +17,82 @@ from xxhash import xxh3_128
 
 from data_tools.choices import BadLinePolicy
 from data_tools.errors import InputError
-from data_tools.readers import BadRecord, Document, read_documents
+from data_tools.ranges import Piece
+from data_tools.readers import BadRecord, Document, PieceReader, count_lines
 
 MOST_EXAMPLES = 20  # places of bad records that are remembered
 
 
 @dataclass(kw_only=True)
 class Corpus:
-    """Files and a policy; `dropped` and `examples` tell, after the documents, what was left out."""
+    """Pieces of files and a policy; what was left out is told after the documents.
 
-    files: Sequence[Path]
+    Attributes:
+        lines: of every piece that was read.
+        dropped: reason -> records.
+        examples: number of the piece and the record, without its text, of the first bad ones; lines count from the
+            beginning of the piece.
+    """
+
+    pieces: Sequence[Piece]
     text_key: str = "text"
     id_key: str = "id"
     on_bad_line: BadLinePolicy = BadLinePolicy.FAIL
     quarantine: Path | None = None  # where the policy quarantine keeps records
-    dropped: Counter[str] = field(default_factory=Counter)  # reason -> records
-    examples: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: list[tuple[int, BadRecord]] = field(default_factory=list)
+    disk_bytes: int = 0  # read so far
 
-    def documents(self) -> Iterator[Document]:
-        """Yield the usable documents in order.
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        """Yield the usable documents in order, each with the number of its piece.
 
         Raises:
             InputError: a bad record under the policy fail, or a damaged file.
         """
         with ExitStack() as stack:
             kept: TextIO | None = None
-            for file in self.files:
-                for record in read_documents(file, text_key=self.text_key, id_key=self.id_key):
+            before = 0
+            for number, piece in enumerate(self.pieces):
+                reader = PieceReader(piece, text_key=self.text_key, id_key=self.id_key)
+                for record in reader.documents():
+                    self.disk_bytes = before + max(0, reader.disk_position() - piece.start)
                     if isinstance(record, Document):
-                        yield record
+                        yield number, record
                         continue
-                    self._account(record)
+                    self._account(number, record)
                     if self.on_bad_line is BadLinePolicy.QUARANTINE:
                         assert self.quarantine is not None
                         if kept is None:
                             kept = stack.enter_context(self.quarantine.open("w", encoding="utf-8"))
-                        kept.write(_quarantined(record))
+                        kept.write(_quarantined(number, record))
+                self.lines.append(reader.lines)
+                before += (piece.file.stat().st_size if piece.stop is None else piece.stop) - piece.start
+                self.disk_bytes = before
 
-    def facts(self) -> list[dict[str, Any]]:
-        """Return name, size and hash of every file: what a dataset was made from."""
-        return [{"file": str(file), "bytes": file.stat().st_size, "xxh3_128": _hash_file(file)} for file in self.files]
-
-    def _account(self, record: BadRecord) -> None:
+    def _account(self, number: int, record: BadRecord) -> None:
         if self.on_bad_line is BadLinePolicy.FAIL:
+            piece = self.pieces[number]
+            earlier = count_lines(piece.file, piece.start) if piece.start else 0
             raise InputError(
-                str(record),
+                str(replace(record, line=record.line + earlier)),
                 f"UTF-8 text under the key {self.text_key!r}",
                 "mend the record, give --text-key, or choose --on-bad-line skip or quarantine",
             )
         self.dropped[record.reason] += 1
         if len(self.examples) < MOST_EXAMPLES:
-            self.examples.append(str(record))
+            self.examples.append((number, replace(record, raw=b"")))
 
 
-def _quarantined(record: BadRecord) -> str:
+def input_facts(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return name, size and hash of every file: what a dataset was made from."""
+    return [{"file": str(file), "bytes": file.stat().st_size, "xxh3_128": _hash_file(file)} for file in files]
+
+
+def _quarantined(piece: int, record: BadRecord) -> str:
     raw = record.raw.decode("utf-8", errors="backslashreplace")
     where = {"file": record.file, "line": record.line, "reason": record.reason, "detail": record.detail}
-    return json.dumps({**where, "raw": raw}, ensure_ascii=False) + "\n"
+    return json.dumps({"piece": piece, **where, "raw": raw}, ensure_ascii=False) + "\n"
 
 
 def _hash_file(path: Path) -> str:

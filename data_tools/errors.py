@@ -43,3 +43,9 @@ class StorageError(DataToolsError):
     """The output cannot be written where it was asked for."""
 
     exit_code = 74
+
+
+class WorkerError(DataToolsError):
+    """A process that did part of the work ended before it was done."""
+
+    exit_code = 70

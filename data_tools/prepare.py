@@ -1,32 +1,51 @@
-"""From files of text to a dataset folder: read, split by hash, encode, write, publish.
+"""From files of text to a dataset folder: cut in tasks, encode each, put their files together as shards, publish.
 
-The parts do the work (corpus, tokenizer, shard_writer, publish); this file owns their order and the split.
+The parts do the work (ranges, worker_pool, task_encoding, shard_assembly, publish); this file owns their order, and
+what a run that was stopped need not do again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_128_hexdigest
 
-from data_tools.choices import BadLinePolicy
-from data_tools.corpus import Corpus
+from data_tools.choices import Backend, BadLinePolicy
+from data_tools.corpus import input_facts
+from data_tools.dropped_records import count_dropped, gather_quarantine
 from data_tools.errors import InputError, UsageError
-from data_tools.manifest import Manifest, SourceRange, load_manifest
+from data_tools.journal import Journal
+from data_tools.manifest import Manifest, load_manifest, save_manifest
+from data_tools.preparation_report import write_report
 from data_tools.publish import Made, is_finished, staged_output
-from data_tools.readers import Document, find_inputs
+from data_tools.ranges import RANGE_BYTES, Task, plan_tasks
+from data_tools.readers import find_inputs
+from data_tools.shard_assembly import SplitAssembly
 from data_tools.shard_verify import split_folders
-from data_tools.shard_writer import SHARD_TOKENS, ShardWriter, token_dtype
-from data_tools.tokenizer import DocumentTokenizer, load_tokenizer
+from data_tools.shard_writer import SHARD_TOKENS, token_dtype
+from data_tools.task_encoding import SPLITS, EncodingOptions, TaskResult, split_number
+from data_tools.tokenizer import load_tokenizer
+from data_tools.worker_pool import encode_tasks
 
-SPLITS = ("train", "validation", "test")
-BATCH_CHARACTERS = 1 << 22  # encoded at a time: bounds the memory
+WORK_FOLDER = "work"  # in the staging folder: the files of tasks, and the journal
+
+
+class Progress(Protocol):
+    """Told how far the encoding is."""
+
+    def start(self, total_bytes: int, finished_bytes: int) -> None:
+        """The inputs have this many bytes on the disk; an earlier run has encoded some of them."""
+
+    def advance(self, read_bytes: int, tokens: int) -> None:
+        """So many more were read and made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +83,34 @@ def parse_fractions(text: str) -> tuple[float, ...]:
 
 def split_of(text: str, fractions: Sequence[float], seed: int) -> str:
     """Return the split of a text: a function of its bytes alone, so equal texts never part and new data moves none."""
-    share = xxh3_64_intdigest(text.encode("utf-8"), seed) / 2**64
-    for name, fraction in zip(SPLITS, fractions, strict=False):
-        share -= fraction
-        if share < 0:
-            return name
-    return SPLITS[0]  # the rounding error at the very end
+    return SPLITS[split_number(text.encode("utf-8"), fractions, seed)]
 
 
-def prepare(inputs: Sequence[Path], tokenizer: Path, output: Path, options: PrepareOptions) -> Made:
+def prepare(
+    inputs: Sequence[Path],
+    tokenizer: Path,
+    output: Path,
+    options: PrepareOptions,
+    *,
+    workers: int = 1,
+    backend: Backend = Backend.AUTO,
+    range_bytes: int = RANGE_BYTES,
+    progress: Progress | None = None,
+) -> Made:
     """Make a dataset folder with a subfolder per split and the tokenizer; it appears when it is complete.
+
+    The splits depend on inputs, tokenizer and options alone; a run that was stopped is continued by the same call.
 
     Raises:
         InputError: there is no usable text, a bad record under the policy fail, or an unusable tokenizer.
-        UsageError: the output holds something else.
+        UsageError: the output holds something else, or the backend cannot be had.
         StorageError: another run is writing the output.
+        WorkerError: a process that encoded died.
     """
     loaded = load_tokenizer(tokenizer, options.eos_token)
-    corpus = Corpus(
-        files=find_inputs(inputs), text_key=options.text_key, id_key=options.id_key, on_bad_line=options.on_bad_line
-    )
+    files = find_inputs(inputs)
     request = {
-        "inputs": corpus.facts(),
+        "inputs": input_facts(files),
         "tokenizer": asdict(loaded.identity),
         "options": {**asdict(options), "on_bad_line": options.on_bad_line.value},
     }
@@ -101,41 +126,98 @@ def prepare(inputs: Sequence[Path], tokenizer: Path, output: Path, options: Prep
         command=_command(inputs, tokenizer, options),
         request=request,
     )
-    with staged_output(output) as staging:
-        corpus.quarantine = staging / "quarantine.jsonl"
+    tasks = plan_tasks(files, range_bytes)
+    # an earlier run goes on only if all of this is the same: it decides what the files of a task are
+    job = xxh3_128_hexdigest(json.dumps([request, backend.value, range_bytes]).encode())
+    with staged_output(output, lambda staging: Journal.belongs_to(staging / WORK_FOLDER, job)) as staging:
+        work = staging / WORK_FOLDER
+        work.mkdir(exist_ok=True)
+        encoding = _encoding_options(loaded.file, draft.dtype, options, backend, work)
+        threads = max(1, workers // max(1, len(tasks)))
+        with closing(Journal(work, job)) as journal:
+            results = _encode_all(tasks, replace(encoding, threads=threads), workers, journal, progress)
+            made = _assemble(tasks, results, draft, options.shard_tokens, journal, staging)
+        gather_quarantine(tasks, results, work, staging / "quarantine.jsonl")
+        shutil.rmtree(staging / "tokenizer", ignore_errors=True)  # of a run that was stopped here
         loaded.copy_to(staging / "tokenizer")
-        return Made(manifests=_write_splits(corpus, loaded, draft, staging, options))
+        write_report(staging, results)
+        shutil.rmtree(work)
+        return made
 
 
-def _write_splits(
-    corpus: Corpus, tokenizer: DocumentTokenizer, draft: Manifest, staging: Path, options: PrepareOptions
-) -> dict[str, Manifest]:
-    training_counts = np.zeros(tokenizer.vocabulary_size, np.int64)
-    with ExitStack() as stack:
-        writers: dict[str, ShardWriter] = {}
-        for batch in _batches(corpus.documents()):
-            encoded = tokenizer.encode_documents([document.text for document in batch])
-            for_training = [np.empty(0, np.int32)]
-            for document, tokens in zip(batch, encoded, strict=True):
-                name = split_of(document.text, options.fractions, options.seed)
-                if name not in writers:
-                    writer = ShardWriter(staging / name, draft.for_split(name), shard_tokens=options.shard_tokens)
-                    writers[name] = stack.enter_context(writer)
-                source = SourceRange(file=document.file, start=document.start, stop=document.stop)
-                writers[name].append(tokens, source)
-                if name == SPLITS[0]:
-                    for_training.append(tokens)
-            training_counts += np.bincount(np.concatenate(for_training), minlength=tokenizer.vocabulary_size)
-        if SPLITS[0] not in writers:
-            raise _nothing_to_train_on(corpus, has_documents=bool(writers))
-        entropy = entropy_nats(training_counts)
-        return {
-            name: writers[name].finish(
-                dropped=corpus.dropped, dropped_examples=corpus.examples, unigram_entropy_nats=entropy
-            )
-            for name in SPLITS
-            if name in writers
-        }
+def _encoding_options(
+    tokenizer: Path, dtype: str, options: PrepareOptions, backend: Backend, work: Path
+) -> EncodingOptions:
+    return EncodingOptions(
+        tokenizer=tokenizer,
+        eos_token=options.eos_token,
+        dtype=dtype,
+        text_key=options.text_key,
+        id_key=options.id_key,
+        fractions=options.fractions,
+        seed=options.seed,
+        on_bad_line=options.on_bad_line,
+        backend=backend,
+        folder=work,
+    )
+
+
+def _encode_all(
+    tasks: Sequence[Task], encoding: EncodingOptions, workers: int, journal: Journal, progress: Progress | None
+) -> list[TaskResult]:
+    """Encode the tasks that no earlier run has finished, and return the results of all."""
+    for left_over in encoding.folder.glob("*.tmp"):
+        left_over.unlink()
+    results = {entry["task"]: TaskResult(**entry["result"]) for entry in journal.entries if "task" in entry}
+    if progress is not None:
+        finished = sum(task.disk_bytes for task in tasks if task.number in results)
+        progress.start(sum(task.disk_bytes for task in tasks), finished)
+    missing = [task for task in tasks if task.number not in results]
+    on_progress = (lambda *_: None) if progress is None else progress.advance
+    # closed at once when this loop fails: no worker may write into a folder that is being removed
+    with closing(encode_tasks(missing, encoding, workers, on_progress)) as finished_tasks:
+        for task, result in finished_tasks:
+            results[task.number] = result
+            journal.append({"task": task.number, "result": asdict(result)})
+    return [results[task.number] for task in tasks]
+
+
+def _assemble(
+    tasks: Sequence[Task],
+    results: Sequence[TaskResult],
+    draft: Manifest,
+    shard_tokens: int,
+    journal: Journal,
+    staging: Path,
+) -> Made:
+    """Make the shards of every split that has documents, then their manifests."""
+    dropped, examples = count_dropped(tasks, results)
+    documents = np.array([result.documents for result in results], np.int64).reshape(-1, len(SPLITS)).sum(axis=0)
+    if not documents[0]:
+        raise _nothing_to_train_on(dropped, examples, has_documents=bool(documents.any()))
+    counts = np.zeros(draft.vocabulary_size, np.int64)
+    shards = {}
+    for number in np.flatnonzero(documents).tolist():
+        assembly = SplitAssembly(
+            split=number,
+            parts=staging / WORK_FOLDER,
+            folder=staging / SPLITS[number],
+            draft=draft,
+            shard_tokens=shard_tokens,
+            counts=counts if number == 0 else None,
+        )
+        shards[SPLITS[number]] = tuple(assembly.run(tasks, results, journal))
+    manifests = {}
+    for name, records in shards.items():
+        manifests[name] = replace(
+            draft.for_split(name),
+            shards=records,
+            dropped=dropped,
+            dropped_examples=tuple(examples),
+            unigram_entropy_nats=entropy_nats(counts),
+        )
+        save_manifest(manifests[name], staging / name)
+    return Made(manifests=manifests)
 
 
 def entropy_nats(counts: NDArray[np.int64]) -> float:
@@ -144,23 +226,10 @@ def entropy_nats(counts: NDArray[np.int64]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _nothing_to_train_on(corpus: Corpus, *, has_documents: bool) -> InputError:
+def _nothing_to_train_on(dropped: Mapping[str, int], examples: Sequence[str], *, has_documents: bool) -> InputError:
     found = "no document fell into the training split" if has_documents else "the inputs hold no document"
-    if corpus.examples:
-        found += f" ({sum(corpus.dropped.values())} records dropped, the first: {corpus.examples[0]})"
+    if examples:
+        found += f" ({sum(dropped.values())} records dropped, the first: {examples[0]})"
     return InputError(
         found, "at least one document for training", "check the inputs, --text-key and --split, or give more text"
     )

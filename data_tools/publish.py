@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,11 @@ class Made:
 
 
 @contextmanager
-def staged_output(output: Path) -> Iterator[Path]:
+def staged_output(output: Path, keeps: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """Give a folder beside the output to write in; it takes the output's name when the block ends without an error.
 
-    What a killed run left behind is removed by the next one; a second run for the same output is refused.
+    What a killed run left behind is removed by the next one, and what a failed run left at once, unless `keeps` says
+    that the folder holds something to go on with. A second run for the same output is refused.
 
     Raises:
         StorageError: the folder cannot be made, or another run is writing this output.
@@ -48,7 +49,7 @@ def staged_output(output: Path) -> Iterator[Path]:
             raise StorageError(
                 f"another run is writing {output}", "one run for an output", "wait for it, or choose another --output"
             ) from error
-        for left_over in staging.iterdir():
+        for left_over in () if keeps(staging) else staging.iterdir():
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         try:
             yield staging
@@ -56,7 +57,8 @@ def staged_output(output: Path) -> Iterator[Path]:
             staging.rename(output)  # over an empty folder too, never over a filled one
             sync_folder(output.parent)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not keeps(staging):
+                shutil.rmtree(staging, ignore_errors=True)
             raise
     finally:
         os.close(descriptor)

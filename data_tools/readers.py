@@ -10,13 +10,15 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import orjson
 
 from data_tools.errors import InputError, UsageError
+from data_tools.ranges import Piece
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class BadRecord:
     reason: str  # one of few fixed words, to be counted
     detail: str
     file: str
-    line: int  # from 1
+    line: int  # from 1, of the piece that was read
     raw: bytes
 
     def __str__(self) -> str:
@@ -67,30 +69,73 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def read_documents(path: Path, *, text_key: str = "text", id_key: str = "id") -> Iterator[Document | BadRecord]:
-    """Yield the documents of one file in order: a JSON line each, or the whole file when it is .txt.
+class PieceReader:
+    """The documents of one piece in order: a JSON line each, or the whole file when it is .txt.
 
-    Raises:
-        InputError: the file cannot be decompressed.
+    Lines are counted from the beginning of the piece: `lines` tells, after the last document, how many there were.
     """
-    if path.name.endswith(".txt"):
-        yield _whole_file(path)
-        return
-    with _open(path) as file:
-        position = 0
-        number = 0
-        while line := _next_line(file, path):
-            number += 1
-            if not line.isspace():
-                yield _parse_line(line, text_key, id_key, str(path), number, position)
-            position += len(line)
+
+    def __init__(self, piece: Piece, *, text_key: str = "text", id_key: str = "id") -> None:
+        self.piece = piece
+        self.text_key = text_key
+        self.id_key = id_key
+        self.lines = 0
+        self._file: IO[bytes] | None = None  # as it lies on the disk
+
+    def disk_position(self) -> int:
+        """Bytes of the file that have been read, compressed ones if it is compressed: to show progress."""
+        return 0 if self._file is None else self._file.tell()
+
+    def documents(self) -> Iterator[Document | BadRecord]:
+        """Yield the documents and the bad records.
+
+        Raises:
+            InputError: the file cannot be decompressed.
+        """
+        piece = self.piece
+        if piece.file.name.endswith(".txt"):
+            yield _whole_file(piece.file)
+            return
+        with piece.file.open("rb") as opened:
+            self._file = opened
+            compressed = piece.file.name.endswith(".gz")
+            file: Any = gzip.GzipFile(fileobj=opened) if compressed else opened
+            position = _first_line(file, piece)
+            while (piece.stop is None or position < piece.stop) and (line := _next_line(file, piece.file)):
+                self.lines += 1
+                if not line.isspace():
+                    yield _parse_line(line, self.text_key, self.id_key, str(piece.file), self.lines, position)
+                position += len(line)
+            self._file = None
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+def count_lines(file: Path, stop: int) -> int:
+    """Count the lines of a plain file that begin before a byte, not its first."""
+    lines = 1
+    with file.open("rb") as opened:
+        while (left := stop - 1 - opened.tell()) > 0 and (block := opened.read(min(left, _BLOCK_BYTES))):
+            lines += block.count(b"\n")
+    return lines
 
 
-def _next_line(file: BinaryIO, path: Path) -> bytes:
+def _first_line(file: IO[bytes], piece: Piece) -> int:
+    """Go to the first line that begins in the piece (the one before belongs to another piece) and return its place."""
+    if piece.start == 0:
+        return 0
+    position = piece.start - 1
+    file.seek(position)
+    while block := file.read(_BLOCK_BYTES):
+        if (end := block.find(b"\n")) >= 0:
+            position += end + 1
+            break
+        position += len(block)  # a line of any length is passed in fixed memory
+        if piece.stop is not None and position >= piece.stop:
+            break
+    file.seek(position)
+    return position
+
+
+def _next_line(file: IO[bytes], path: Path) -> bytes:
     try:
         return file.readline()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

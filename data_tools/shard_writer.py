@@ -158,7 +158,7 @@ class _OpenShard:
         self.used = array("i")
         self.starts = array("i")
         self.sources: list[SourceRange] = []
-        self.bin = _HashedFile(folder / f"{name}.bin")
+        self.bin = HashedFile(folder / f"{name}.bin")
 
     def append(self, tokens: NDArray[np.integer], source: SourceRange | None) -> None:
         self.bin.write(tokens.astype(self.draft.dtype, copy=False).tobytes())
@@ -174,10 +174,10 @@ class _OpenShard:
 
     def publish(self) -> ShardRecord:
         files = {"bin": self.bin.publish()}
-        files["idx"] = _write(self.folder / f"{self.name}.idx", index_bytes(self.lengths, self.draft.dtype))
+        files["idx"] = write_hashed(self.folder / f"{self.name}.idx", index_bytes(self.lengths, self.draft.dtype))
         if self.draft.kind == "packed":
             contents = boundary_bytes(self.start_counts, self.used, self.starts)
-            files["bnd"] = _write(self.folder / f"{self.name}.bnd", contents)
+            files["bnd"] = write_hashed(self.folder / f"{self.name}.bnd", contents)
         return ShardRecord(
             name=self.name, tokens=self.tokens, documents=self.documents, files=files, sources=tuple(self.sources)
         )
@@ -186,8 +186,9 @@ class _OpenShard:
         self.bin.discard()
 
 
-def _write(path: Path, blocks: Iterable[bytes]) -> FileRecord:
-    file = _HashedFile(path)
+def write_hashed(path: Path, blocks: Iterable[bytes]) -> FileRecord:
+    """Write a file of these blocks, or none."""
+    file = HashedFile(path)
     try:
         for block in blocks:
             file.write(block)
@@ -197,7 +198,7 @@ def _write(path: Path, blocks: Iterable[bytes]) -> FileRecord:
         raise
 
 
-class _HashedFile:
+class HashedFile:
     """A file that is hashed as it is written and gets its name only when it is on the disk."""
 
     def __init__(self, path: Path) -> None:
@@ -208,11 +209,13 @@ class _HashedFile:
         self.file: BinaryIO = self.staged.open("wb", buffering=1 << 20)
 
     def write(self, block: bytes) -> None:
+        """Append a block."""
         self.file.write(block)
         self.hash.update(block)
         self.size += len(block)
 
     def publish(self) -> FileRecord:
+        """Put the file on the disk, give it its name, and return its size and hash."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -220,6 +223,7 @@ class _HashedFile:
         return FileRecord(bytes=self.size, xxh3_128=self.hash.hexdigest())
 
     def discard(self) -> None:
+        """Remove the file."""
         with suppress(OSError):  # closing flushes: it fails again on a full disk, and the file goes all the same
             self.file.close()
         self.staged.unlink(missing_ok=True)

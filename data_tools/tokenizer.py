@@ -31,6 +31,7 @@ class DocumentTokenizer:
         identity: name and sha256 for the manifest.
         vocabulary_size: the largest id plus one.
         eos_id: appended to every document; appears nowhere else.
+        marked_ids: of all special tokens; a library that matches them in texts gives itself away by these.
     """
 
     def __init__(self, file: Path, eos_token: str | None = None) -> None:
@@ -57,6 +58,7 @@ class DocumentTokenizer:
         self.eos_id = vocabulary[self.eos_token]
         self.identity = TokenizerIdentity(name=file.resolve().parent.name, sha256=hashlib.sha256(content).hexdigest())
         self._special = sorted(({*marked, self.eos_token} - self._unknown_tokens(content)) & set(vocabulary))
+        self.marked_ids = sorted({self.eos_id, *(vocabulary[token] for token in marked)})
         self._is_special = np.zeros(self.vocabulary_size, bool)
         self._is_special[[vocabulary[token] for token in self._special]] = True
 

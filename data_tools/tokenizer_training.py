@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.choices import TokenizerType
-from data_tools.corpus import Corpus
+from data_tools.corpus import Corpus, input_facts
 from data_tools.errors import InputError, UsageError
 from data_tools.publish import refuse_filled, staged_output
 from data_tools.tokenizer import TOKENIZER_FILE, DocumentTokenizer, load_tokenizer, write_config
@@ -39,13 +39,14 @@ def make_tokenizer(
         UsageError: the output holds something else, or the vocabulary is too small.
         InputError: the corpus cannot be read or is empty.
     """
-    request = {"inputs": corpus.facts(), "type": kind.value, "vocabulary_size": vocabulary_size}
+    files = [piece.file for piece in corpus.pieces]
+    request = {"inputs": input_facts(files), "type": kind.value, "vocabulary_size": vocabulary_size}
     if _is_made(output, request):
         return load_tokenizer(output), True
     refuse_filled(output)
     with staged_output(output) as staging:
         corpus.quarantine = staging / "quarantine.jsonl"
-        trained = train_tokenizer((document.text for document in corpus.documents()), kind, vocabulary_size)
+        trained = train_tokenizer((document.text for _, document in corpus.documents()), kind, vocabulary_size)
         trained.save(str(staging / TOKENIZER_FILE))
         write_config(staging, EOS_TOKENS[kind])
         made = load_tokenizer(staging)

@@ -65,7 +65,7 @@ def test_many_batches_and_shards_give_the_same_documents(
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", TEXT)
     prepare([source], tokenizer_folder, tmp_path / "one", PrepareOptions())
-    monkeypatch.setattr("data_tools.prepare.BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("data_tools.task_encoding.BATCH_CHARACTERS", 100)
     prepare([source], tokenizer_folder, tmp_path / "many", PrepareOptions(shard_tokens=50))
     one, many = open_dataset(tmp_path / "one" / "train"), open_dataset(tmp_path / "many" / "train")
     assert len(many.manifest.shards) > 5
@@ -240,7 +240,9 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path, tokenizer_folder: Pat
     (tmp_path / "out").mkdir()  # empty: may be filled
     prepare([source], tokenizer_folder, tmp_path / "out", HALVES)
     assert not (tmp_path / ".out.partial").exists()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "tokenizer", "train", "validation"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("preparation.json", "test", "tokenizer", "train", "validation")
+    ]
     names = {path.name for path in (tmp_path / "out" / "train").iterdir()}
     assert names == {"manifest.json", "shard-00000.bin", "shard-00000.idx"}
 

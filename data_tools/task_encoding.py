@@ -1,0 +1,223 @@
+"""Encodes one task into files of its own: tokens by split, and one record a document. All of it, or nothing.
+
+Neither starts processes nor puts shards together; the files hold the documents in the order of the inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+from data_tools.choices import Backend, BadLinePolicy
+from data_tools.corpus import Corpus
+from data_tools.encoding import Encoder, EncodersDifferError, ReferenceEncoder, build_encoder
+from data_tools.errors import ShardError
+from data_tools.manifest import sync_folder
+from data_tools.ranges import Task
+from data_tools.readers import Document
+from data_tools.shard_writer import MAX_DOCUMENT_TOKENS
+from data_tools.tokenizer import load_tokenizer
+
+SPLITS = ("train", "validation", "test")
+BATCH_CHARACTERS = 1 << 21  # encoded at a time: bounds the memory
+HISTOGRAM_BINS = 32  # bin n holds lengths below 2 ** n that no earlier bin holds
+DOCUMENT = np.dtype(
+    [("length", "<i4"), ("split", "<u1"), ("piece", "<u4"), ("start", "<i8"), ("stop", "<i8")]
+)  # one record a document; length in tokens, start and stop in bytes of the uncompressed file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """All that a process needs to know to encode tasks."""
+
+    tokenizer: Path
+    eos_token: str | None
+    dtype: str
+    text_key: str
+    id_key: str
+    fractions: tuple[float, ...]
+    seed: int
+    on_bad_line: BadLinePolicy
+    backend: Backend
+    folder: Path  # where the files of tasks are written
+    threads: int = 1
+
+
+@dataclass(kw_only=True)
+class TaskResult:
+    """What a task held; the lists of three are by split. Of plain values: it is written to the journal."""
+
+    documents: list[int] = field(default_factory=lambda: [0] * len(SPLITS))
+    tokens: list[int] = field(default_factory=lambda: [0] * len(SPLITS))
+    text_bytes: list[int] = field(default_factory=lambda: [0] * len(SPLITS))
+    lengths: list[list[int]] = field(default_factory=lambda: [[0] * HISTOGRAM_BINS for _ in SPLITS])
+    lines: list[int] = field(default_factory=list)  # of every piece
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: list[tuple[int, str, int, str, str]] = field(default_factory=list)  # piece, file, line, reason, detail
+    backend: str = ""
+    checked: int = 0  # documents that both libraries encoded
+    fallback: str | None = None  # why tokenizers had to encode what gigatoken had begun
+
+
+def split_number(text: bytes, fractions: Sequence[float], seed: int) -> int:
+    """Return the number of the split of a text: a function of its bytes alone, so that equal texts never part."""
+    share = xxh3_64_intdigest(text, seed) / 2**64
+    for number, fraction in enumerate(fractions):
+        share -= fraction
+        if share < 0:
+            return number
+    return 0  # the rounding error at the very end
+
+
+def task_file(folder: Path, task: int, kind: str) -> Path:
+    """Return the path of a file of a task: kind is a split, "documents" or "quarantine"."""
+    return folder / f"task-{task:07d}.{kind}"
+
+
+class TaskEncoder:
+    """Encodes tasks, one after another, as the options say."""
+
+    def __init__(self, options: EncodingOptions) -> None:
+        self.options = options
+        self._tokenizer = load_tokenizer(options.tokenizer, options.eos_token)
+        self._encoder: Encoder = build_encoder(self._tokenizer, options.backend, threads=options.threads)
+
+    def encode(self, task: Task, on_progress: Callable[[int, int], None]) -> TaskResult:
+        """Write the files of a task; `on_progress` is given bytes read and tokens made since the last call.
+
+        Raises:
+            InputError: a bad record under the policy fail, or a damaged file.
+            OSError: the files cannot be written; those of this task are gone, all others whole.
+        """
+        try:
+            return self._write(task, self._encoder, on_progress)
+        except EncodersDifferError as error:
+            logger.warning("%s is encoded with tokenizers: %s", task, error)
+            result = self._write(task, ReferenceEncoder(self._tokenizer), lambda *_: None)
+            result.fallback = str(error)
+            return result
+
+    def _write(self, task: Task, encoder: Encoder, on_progress: Callable[[int, int], None]) -> TaskResult:
+        options = self.options
+        encoder.start_task()
+        with ExitStack() as stack:
+            files = stack.enter_context(_TaskFiles(options.folder, task.number))
+            corpus = Corpus(
+                pieces=task.pieces,
+                text_key=options.text_key,
+                id_key=options.id_key,
+                on_bad_line=options.on_bad_line,
+                quarantine=files.staged("quarantine"),
+            )
+            result = TaskResult(backend=encoder.backend.value)
+            disk_bytes = 0
+            for batch in _batches(corpus.documents()):
+                ids, lengths = encoder.encode([document.text for _, document in batch])
+                records = _records(batch, lengths, options, result)
+                _add(result, records)
+                files.write("documents", records)
+                for number in np.unique(records["split"]).tolist():
+                    is_here = np.repeat(records["split"] == number, lengths)
+                    files.write(SPLITS[number], ids[is_here].astype(options.dtype))
+                on_progress(corpus.disk_bytes - disk_bytes, len(ids))
+                disk_bytes = corpus.disk_bytes
+            on_progress(task.disk_bytes - disk_bytes, 0)
+            files.publish()
+        result.lines = corpus.lines
+        result.dropped = dict(corpus.dropped)
+        result.examples = [(piece, bad.file, bad.line, bad.reason, bad.detail) for piece, bad in corpus.examples]
+        result.checked = encoder.checked
+        return result
+
+
+class _TaskFiles:
+    """The files of a task under temporary names, of which no other process has the same, until all are complete."""
+
+    def __init__(self, folder: Path, task: int) -> None:
+        self._folder = folder
+        self._task = task
+        self._open: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> _TaskFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            try:
+                file.close()
+            except OSError as error:  # closing flushes: it fails again on a full disk, and the file goes all the same
+                logger.debug("%s", error)
+        for kind in (*SPLITS, "documents", "quarantine"):
+            self.staged(kind).unlink(missing_ok=True)
+
+    def staged(self, kind: str) -> Path:
+        final = task_file(self._folder, self._task, kind)
+        return final.with_name(f"{final.name}.{os.getpid()}.tmp")
+
+    def write(self, kind: str, block: NDArray[Any]) -> None:
+        if kind not in self._open:
+            self._open[kind] = self.staged(kind).open("wb")
+        self._open[kind].write(block.tobytes())
+
+    def publish(self) -> None:
+        if self.staged("quarantine").exists():
+            self._open["quarantine"] = self.staged("quarantine").open("ab")
+        for kind, file in self._open.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            self.staged(kind).rename(task_file(self._folder, self._task, kind))
+        self._open.clear()
+        sync_folder(self._folder)
+
+
+def _batches(documents: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    batch: list[tuple[int, Document]] = []
+    characters = 0
+    for numbered in documents:
+        batch.append(numbered)
+        characters += len(numbered[1].text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _records(
+    batch: Sequence[tuple[int, Document]], lengths: NDArray[np.int64], options: EncodingOptions, result: TaskResult
+) -> NDArray[np.void]:
+    if lengths.max() > MAX_DOCUMENT_TOKENS:
+        document = batch[int(lengths.argmax())][1]
+        raise ShardError(
+            f"{document.file} bytes {document.start}-{document.stop}: a document of {lengths.max()} tokens",
+            f"1 to {MAX_DOCUMENT_TOKENS} tokens",
+            "cut it in pieces",
+        )
+    rows = []
+    for (piece, document), length in zip(batch, lengths.tolist(), strict=True):
+        text = document.text.encode("utf-8")
+        split = split_number(text, options.fractions, options.seed)
+        result.text_bytes[split] += len(text)
+        rows.append((length, split, piece, document.start, document.stop))
+    return np.array(rows, DOCUMENT)
+
+
+def _add(result: TaskResult, records: NDArray[np.void]) -> None:
+    for number in np.unique(records["split"]).tolist():
+        lengths = records["length"][records["split"] == number].astype(np.int64)
+        result.documents[number] += len(lengths)
+        result.tokens[number] += int(lengths.sum())
+        bins = np.bincount(np.frexp(lengths)[1], minlength=HISTOGRAM_BINS)
+        result.lengths[number] = (np.array(result.lengths[number]) + bins).tolist()

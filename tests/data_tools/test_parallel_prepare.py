@@ -1,0 +1,281 @@
+"""prepare by several processes: the same bytes for any number of them and after any kill; a death names its range."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_tools.choices import BadLinePolicy
+from data_tools.errors import InputError, WorkerError
+from data_tools.journal import JOURNAL_NAME, Journal
+from data_tools.prepare import PrepareOptions, prepare
+from data_tools.ranges import Piece, plan_tasks
+from data_tools.readers import Document, PieceReader
+from tests.data_tools.conftest import TEXT, write_lines
+
+RANGE_BYTES = 2000  # some sixty tasks
+OPTIONS = PrepareOptions(fractions=(0.6, 0.3, 0.1), shard_tokens=4000, on_bad_line=BadLinePolicy.QUARANTINE)
+COMMAND = """
+import sys
+from pathlib import Path
+from data_tools.prepare import prepare
+from tests.data_tools.test_parallel_prepare import OPTIONS, RANGE_BYTES
+source, tokenizer, output, workers = sys.argv[1:]
+prepare([Path(source)], Path(tokenizer), Path(output), OPTIONS, workers=int(workers), range_bytes=RANGE_BYTES)
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A file that is cut, one that cannot be cut, many small ones; bad lines, and line ends of all kinds."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = [json.dumps({"text": f"{number} {text}"}) + "\n" for number, text in enumerate(TEXT * 5)]
+    lines[7::40] = ["{bad\n"] * len(lines[7::40])
+    lines[11] = "\n" * 50
+    lines[20] = json.dumps({"text": "long " * 3000}) + "\r\n"  # longer than several ranges
+    (folder / "b.jsonl").write_text("".join(lines).rstrip("\n"))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines[:100]).encode()))
+    for number in range(30):
+        (folder / f"c{number:02d}.txt").write_text(TEXT[number] * 3)
+    return folder
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The hash of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def clean(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> dict[str, str]:
+    """What an undisturbed run by one process makes."""
+    prepare([corpus], tokenizer_folder, tmp_path / "clean", OPTIONS, range_bytes=RANGE_BYTES)
+    return content(tmp_path / "clean")
+
+
+def begin(corpus: Path, tokenizer: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(corpus), str(tokenizer), str(output), str(workers)],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_lines(process: subprocess.Popen[bytes], output: Path, more: int) -> None:
+    """Wait until the run has finished so many more things, or ended."""
+    journal = output.parent / f".{output.name}.partial" / "work" / JOURNAL_NAME
+    before = None
+    while process.poll() is None:
+        lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+        before = lines if before is None else before
+        if lines >= before + more:
+            return
+        time.sleep(0.001)
+
+
+def test_every_number_of_workers_makes_the_same_bytes(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
+) -> None:
+    for workers in (2, 4):
+        out = tmp_path / f"by-{workers}"
+        prepare([corpus], tokenizer_folder, out, OPTIONS, workers=workers, range_bytes=RANGE_BYTES)
+        assert content(out) == clean
+    assert len([name for name in clean if name.startswith("train/") and name.endswith(".bin")]) > 2
+
+
+def test_how_the_inputs_are_cut_leaves_no_trace(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
+) -> None:
+    prepare([corpus], tokenizer_folder, tmp_path / "whole", OPTIONS)
+    whole = content(tmp_path / "whole")
+    assert whole.pop("preparation.json") != clean.pop("preparation.json")  # it counts tasks
+    assert whole == clean
+    kept = [json.loads(line) for line in (tmp_path / "whole" / "quarantine.jsonl").read_text().splitlines()]
+    numbers = [record["line"] for record in kept if record["file"].endswith("b.jsonl")]
+    assert numbers == [8, *(number + 49 for number in range(48, 300, 40))]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_a_killed_run_goes_on_where_it_stopped(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str], workers: int
+) -> None:
+    chance = random.Random(workers)
+    out = tmp_path / "out"
+    kills = 0
+    while not out.exists():
+        process = begin(corpus, tokenizer_folder, out, workers)
+        wait_for_lines(process, out, chance.randint(3, 30))
+        time.sleep(chance.random() * 0.02)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        assert kills < 100, "the run makes no progress"
+    prepare([corpus], tokenizer_folder, out, OPTIONS, range_bytes=RANGE_BYTES)
+    assert kills > 1
+    assert content(out) == clean
+
+
+@pytest.mark.chaos
+def test_a_worker_that_dies_ends_the_job_and_names_its_range(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
+) -> None:
+    chance = random.Random(3)
+    out = tmp_path / "out"
+    for _ in range(3):
+        process = begin(corpus, tokenizer_folder, out, 2)
+        wait_for_lines(process, out, chance.randint(3, 15))
+        chance.choice(psutil.Process(process.pid).children()).kill()
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert b"WorkerError: the worker that encoded " + str(corpus).encode() in said
+        assert b"was ended by SIGKILL" in said
+        assert not out.exists()
+    journal = tmp_path / ".out.partial" / "work" / JOURNAL_NAME
+    assert journal.read_bytes().count(b"\n") > 5  # what was finished is kept
+    prepare([corpus], tokenizer_folder, out, OPTIONS, workers=2, range_bytes=RANGE_BYTES)
+    assert content(out) == clean
+
+
+@pytest.mark.chaos
+def test_workers_end_with_their_parent(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    process = begin(corpus, tokenizer_folder, tmp_path / "out", 2)
+    wait_for_lines(process, tmp_path / "out", 3)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
+def test_a_worker_that_cannot_start_says_why(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "xxhash.py").write_text("raise RuntimeError('no hashes here')")
+    monkeypatch.setenv("PYTHONPATH", str(broken))
+    with pytest.raises(WorkerError, match=r"(?s)ended with exit code 1.*no hashes here"):
+        prepare([corpus], tokenizer_folder, tmp_path / "out", OPTIONS, workers=2, range_bytes=RANGE_BYTES)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_line_of_a_range_has_the_number_it_has_in_the_file(
+    tmp_path: Path, tokenizer_folder: Path, workers: int
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", TEXT)
+    lines = source.read_text().splitlines(keepends=True)
+    lines[41] = "{bad\n"
+    source.write_text("".join(lines))
+    with pytest.raises(InputError, match="in.jsonl:42: not JSON"):
+        prepare([source], tokenizer_folder, tmp_path / "out", PrepareOptions(), workers=workers, range_bytes=1000)
+
+
+def test_a_range_that_was_encoded_is_not_encoded_again(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_tools.task_encoding import TaskEncoder
+
+    encode = TaskEncoder.encode
+    done: list[int] = []
+
+    def stop_once(self, task, on_progress):
+        if len(done) == 20:
+            done.append(-1)
+            raise OSError(28, "No space left on device")
+        done.append(task.number)
+        return encode(self, task, on_progress)
+
+    monkeypatch.setattr(TaskEncoder, "encode", stop_once)
+    with pytest.raises(OSError, match="No space"):
+        prepare([corpus], tokenizer_folder, tmp_path / "out", OPTIONS, range_bytes=RANGE_BYTES)
+    prepare([corpus], tokenizer_folder, tmp_path / "out", OPTIONS, range_bytes=RANGE_BYTES)
+    done.remove(-1)
+    assert len(done) == len(set(done)) > 21
+
+
+@pytest.mark.chaos
+def test_a_full_disk_leaves_what_is_finished(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "none", disk], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
+    try:
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                prepare([corpus], tokenizer_folder, disk / "out", OPTIONS, workers=2, range_bytes=RANGE_BYTES)
+        journal = disk / ".out.partial" / "work" / JOURNAL_NAME
+        finished = journal.read_bytes().count(b"\n")
+        assert finished > 5
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        prepare([corpus], tokenizer_folder, disk / "out", OPTIONS, workers=2, range_bytes=RANGE_BYTES)
+        prepare([corpus], tokenizer_folder, tmp_path / "clean", OPTIONS, range_bytes=RANGE_BYTES)
+        assert content(disk / "out") == content(tmp_path / "clean")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_ranges_hold_every_line_once(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [*TEXT, "x" * 5000, "end"])
+    expected = [record for record in PieceReader(Piece(file=source)).documents()]
+    size = source.stat().st_size
+    for step in [1, 7, 100, 997, size - 1, size, size + 1]:
+        found = []
+        for task in plan_tasks([source], step) if step > 1 else plan_tasks([source], 50):
+            for piece in task.pieces:
+                found += list(PieceReader(piece).documents())
+        assert found == expected
+        assert all(isinstance(record, Document) for record in found)
+
+
+def test_small_files_share_a_task_and_compressed_ones_do_not(tmp_path: Path) -> None:
+    sizes = {"a.txt": 30, "b.txt": 30, "c.jsonl": 250, "d.jsonl.gz": 5, "e.txt": 5, "f.txt": 500, "g.txt": 0}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    tasks = plan_tasks([tmp_path / name for name in sizes], 100)
+    names = [" ".join(str(piece).replace(f"{tmp_path}/", "") for piece in task.pieces) for task in tasks]
+    assert names == [
+        "a.txt b.txt",
+        "c.jsonl bytes 0-100",
+        "c.jsonl bytes 100-200",
+        "c.jsonl bytes 200-250",
+        "d.jsonl.gz",
+        "e.txt",
+        "f.txt",
+        "g.txt",
+    ]
+    assert [task.disk_bytes for task in tasks] == [60, 100, 100, 50, 5, 5, 500, 0]
+
+
+def test_a_journal_forgets_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "job")
+    for number in range(3):
+        journal.append({"task": number})
+    journal.close()
+    path = tmp_path / JOURNAL_NAME
+    path.write_bytes(path.read_bytes()[:-4])
+    assert Journal.belongs_to(tmp_path, "job")
+    assert not Journal.belongs_to(tmp_path, "another job")
+    again = Journal(tmp_path, "job")
+    assert again.entries == [{"task": 0}, {"task": 1}]
+    again.append({"task": 7})
+    again.close()
+    assert Journal(tmp_path, "job").entries == [{"task": 0}, {"task": 1}, {"task": 7}]
