@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_tools.choices import Backend, BadLinePolicy, PackMethod, TokenizerType
+from data_tools.choices import Backend, BadLinePolicy, PackMethod, Split, TokenFormat, TokenizerType
 from data_tools.errors import DataToolsError, ShardError, UsageError
 
 if TYPE_CHECKING:
@@ -131,6 +131,39 @@ def merge(
     merged = merge_datasets(datasets, output)
     _say_if_reused(output, merged.reused)
     _say_what_was_made(merged.manifests)
+
+
+@app.command("import")
+def import_token_files(
+    inputs: Annotated[list[Path], typer.Argument(help="Token files: .bin (or .idx), .bin, .ds, .npy.")],
+    layout: Annotated[TokenFormat, typer.Option("--from", help="Whose files they are.")],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer that made them: its folder or tokenizer.json.")],
+    output: Output,
+    split: Annotated[Split, typer.Option(help="The split that they become; merge joins splits.")] = Split.TRAIN,
+    split_at_eos: Annotated[bool, typer.Option(help="Documents end at EOS, in files without boundaries.")] = False,
+    eos_token: Annotated[str | None, typer.Option(help="End of document; default: the tokenizer's own.")] = None,
+) -> None:
+    """Make a dataset from token files of Megatron, nanoGPT, datatrove or NumPy."""
+    from data_tools.interchange import import_tokens
+
+    imported = import_tokens(
+        inputs, layout, tokenizer, output, split=split, split_at_eos=split_at_eos, eos_token=eos_token
+    )
+    _say_if_reused(output, imported.reused)
+    _say_what_was_made(imported.manifests)
+
+
+@app.command("export")
+def export_token_files(
+    dataset: Dataset,
+    layout: Annotated[TokenFormat, typer.Option("--to", help="Who shall read the files.")],
+    output: Output,
+) -> None:
+    """Write a dataset of documents as token files of Megatron, nanoGPT, datatrove or NumPy."""
+    from data_tools.interchange import export_tokens
+
+    for path in export_tokens(dataset, layout, output):
+        typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
 @app.command("inspect")

@@ -33,3 +33,20 @@ class PackMethod(str, Enum):
 
     CONCAT = "concat"  # rows are consecutive pieces of the stream; a document may go on in the next row
     BEST_FIT = "best-fit"  # only documents longer than a row are cut; the others are fitted together, rows padded
+
+
+class Split(str, Enum):
+    """The parts of a dataset."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+class TokenFormat(str, Enum):
+    """Whose token files are imported or exported."""
+
+    MEGATRON = "megatron"  # .bin and .idx
+    NANOGPT = "nanogpt"  # .bin of uint16, no boundaries
+    DATATROVE = "datatrove"  # .ds and .ds.index
+    NPY = "npy"  # a vector, and its documents' lengths beside it
