@@ -56,6 +56,14 @@ def read_place(environment: Mapping[str, str] = os.environ) -> Place:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        if int(environment.get("SLURM_NNODES", "1")) > 1 and "MASTER_ADDR" not in environment:
+            raise LaunchError(
+                Problem(
+                    f"srun on {environment['SLURM_NNODES']} nodes without MASTER_ADDR",
+                    "the name of the first node, the same on all ranks",
+                    'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1) before srun',
+                )
+            )
     else:
         return Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
     missing = [name for name in names if name not in environment]

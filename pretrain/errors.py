@@ -57,7 +57,7 @@ class DivergedError(PretrainError):
 class LaunchError(PretrainError):
     """The processes of the job do not fit together (world size, ports, devices)."""
 
-    exit_code = 71
+    exit_code = 64
 
 
 class CheckpointError(PretrainError):
