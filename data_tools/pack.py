@@ -6,10 +6,12 @@ Which document lies where under best fit is pack_plan.py's.
 
 from __future__ import annotations
 
+import heapq
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from data_tools.publish import Made, is_finished, staged_output
 from data_tools.shard_verify import split_folders
 from data_tools.shard_writer import SHARD_TOKENS, ShardWriter
 from data_tools.token_shards import TokenDataset, open_dataset
+
+# where its first piece starts in the source, its tokens, offsets where documents start, tokens before padding
+_PositionedRow = tuple[int, NDArray[np.integer], NDArray[np.int32], int]
 
 
 def pack(
@@ -112,8 +117,9 @@ def _lay_best_fit(source: TokenDataset, writer: ShardWriter, packing: Packing) -
     )
     # the plan needs every length and takes tokens from anywhere: a shard is rebuilt from the whole of the source
     made_from = SourceRange(file=str(source.folder), start=0, stop=source.token_count, unit="tokens")
-    _lay_long_documents(source, writer, plan, made_from)
-    _lay_mixed_rows(source, writer, plan, made_from)
+    # in the order of the corpus; a document is longer than a row or not, so no mixed row parts the rows of a long one
+    for _, tokens, starts, used in heapq.merge(_long_rows(source, plan), _mixed_rows(source, plan), key=itemgetter(0)):
+        writer.append_row(tokens, starts, used, made_from)
     return replace(
         packing,
         padding_tokens=plan.padding_tokens,
@@ -122,23 +128,24 @@ def _lay_best_fit(source: TokenDataset, writer: ShardWriter, packing: Packing) -
     )
 
 
-def _lay_long_documents(source: TokenDataset, writer: ShardWriter, plan: PackPlan, made_from: SourceRange) -> None:
+def _long_rows(source: TokenDataset, plan: PackPlan) -> Iterator[_PositionedRow]:
     length = plan.sequence_length
     starts_here, goes_on = np.zeros(1, np.int32), np.empty(0, np.int32)
     for position, rows in zip(plan.long_starts.tolist(), plan.long_rows.tolist(), strict=True):
         for row in range(rows):
             tokens = source.tokens(position + row * length, length)
-            writer.append_row(tokens, goes_on if row else starts_here, length, made_from)
+            yield position, tokens, goes_on if row else starts_here, length
 
 
-def _lay_mixed_rows(source: TokenDataset, writer: ShardWriter, plan: PackPlan, made_from: SourceRange) -> None:
+def _mixed_rows(source: TokenDataset, plan: PackPlan) -> Iterator[_PositionedRow]:
     # a slice and a copy for each piece: indexing the map by token position costs more than that a token
     for first, stop in pairwise(plan.mixed_first.tolist()):
         tokens: NDArray[np.integer] = np.full(plan.sequence_length, source.eos_id, source.manifest.dtype)
         lengths = plan.piece_lengths[first:stop]
         starts = (np.cumsum(lengths) - lengths).astype(np.int32)
+        positions = plan.piece_starts[first:stop].tolist()
         used = 0
-        for position, count in zip(plan.piece_starts[first:stop].tolist(), lengths.tolist(), strict=True):
+        for position, count in zip(positions, lengths.tolist(), strict=True):
             tokens[used : used + count] = source.tokens(position, count)
             used += count
-        writer.append_row(tokens, starts, used, made_from)
+        yield positions[0], tokens, starts, used
