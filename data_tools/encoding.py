@@ -18,10 +18,11 @@ from data_tools.choices import Backend
 from data_tools.errors import UsageError
 from data_tools.tokenizer import DocumentTokenizer
 
-CHECKED_DOCUMENTS = 64  # the first ones of every task
+CHECKED_DOCUMENTS = 64  # the first ones of every task,
+CHECKED_CHARACTERS = 1 << 17  # as long as they have no more than this together
 # Characters that every version of the Unicode tables splits, folds and composes alike; texts with others are checked.
 _UNSAFE = re.compile(
-    "[^\x00-\u02ff\u0370-\u0482\u048a-\u052f\u1e00-\u1fff\u2010-\u2027\u2030-\u205e\u2190-\u23ff\u2500-\u25ff"
+    "[^\x00-\u02ff\u0370-\u0482\u048a-\u052f\u1e00-\u1fff\u2000-\u205e\u2190-\u23ff\u2500-\u25ff"
     "\u3000-\u3029\u3041-\u3096\u309b-\u30ff\u4e00-\u9fa5\uac00-\ud7a3\uff01-\uff5e]"
 )
 
@@ -82,12 +83,14 @@ class CheckedFastEncoder:
         self._parallel = threads > 1
         self._is_marked = np.zeros(max(tokenizer.vocabulary_size, self._fast.vocab_size), bool)
         self._is_marked[tokenizer.marked_ids] = True
-        self._left_to_check = 0
+        self._documents_to_check = 0
+        self._characters_to_check = 0
         self.checked = 0
 
     def start_task(self) -> None:
         """Check the first documents from here on."""
-        self._left_to_check = CHECKED_DOCUMENTS
+        self._documents_to_check = CHECKED_DOCUMENTS
+        self._characters_to_check = CHECKED_CHARACTERS
         self.checked = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -104,8 +107,7 @@ class CheckedFastEncoder:
         marked = np.flatnonzero(self._is_marked[ids])
         replaced = set((np.searchsorted(offsets, marked, side="right") - 1).tolist())
         doubtful = {number for number, text in enumerate(texts) if not text.isascii() and _UNSAFE.search(text)}
-        doubtful |= set(range(min(self._left_to_check, len(texts))))
-        self._left_to_check = max(0, self._left_to_check - len(texts))
+        doubtful |= self._first_ones(texts)
         again = sorted(doubtful | replaced)
         self.checked += len(again)
         right = dict(zip(again, self._reference.encode_documents([texts[number] for number in again]), strict=True))
@@ -119,6 +121,17 @@ class CheckedFastEncoder:
                 parts[number] = right[number][:-1]
             ids, lengths = np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
         return _with_eos(ids, lengths, self._reference.eos_id), lengths + 1
+
+    def _first_ones(self, texts: Sequence[str]) -> set[int]:
+        """Return which texts are still among the first ones of the task, its very first in any case."""
+        numbers = set()
+        for number, text in enumerate(texts):
+            if self._documents_to_check <= 0 or self._characters_to_check <= 0:
+                break
+            numbers.add(number)
+            self._documents_to_check -= 1
+            self._characters_to_check -= len(text)
+        return numbers
 
 
 def build_encoder(tokenizer: DocumentTokenizer, backend: Backend, *, threads: int = 1) -> Encoder:
