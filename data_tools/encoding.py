@@ -19,7 +19,7 @@ from data_tools.errors import UsageError
 from data_tools.tokenizer import DocumentTokenizer
 
 CHECKED_DOCUMENTS = 64  # the first ones of every task,
-CHECKED_CHARACTERS = 1 << 17  # as long as they have no more than this together
+CHECKED_CHARACTERS = 1 << 16  # as long as they have no more than this together
 # Characters that every version of the Unicode tables splits, folds and composes alike; texts with others are checked.
 _UNSAFE = re.compile(
     "[^\x00-\u02ff\u0370-\u0482\u048a-\u052f\u1e00-\u1fff\u2000-\u205e\u2190-\u23ff\u2500-\u25ff"

@@ -23,7 +23,7 @@ from data_tools.readers import Document, PieceReader
 from tests.data_tools.conftest import TEXT, write_lines
 
 RANGE_BYTES = 2000  # some sixty tasks
-OPTIONS = PrepareOptions(fractions=(0.6, 0.3, 0.1), shard_tokens=4000, on_bad_line=BadLinePolicy.QUARANTINE)
+OPTIONS = PrepareOptions(fractions=(0.6, 0.3, 0.1), shard_tokens=1500, on_bad_line=BadLinePolicy.QUARANTINE)
 COMMAND = """
 import sys
 from pathlib import Path
@@ -74,12 +74,12 @@ def begin(corpus: Path, tokenizer: Path, output: Path, workers: int) -> subproce
     )
 
 
-def wait_for_lines(process: subprocess.Popen[bytes], output: Path, more: int) -> None:
-    """Wait until the run has finished so many more things, or ended."""
+def wait_for_lines(process: subprocess.Popen[bytes], output: Path, more: int, kind: bytes = b"") -> None:
+    """Wait until the run has finished so many more things (of a kind), or ended."""
     journal = output.parent / f".{output.name}.partial" / "work" / JOURNAL_NAME
     before = None
     while process.poll() is None:
-        lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+        lines = sum(kind in line for line in journal.read_bytes().splitlines()) if journal.exists() else 0
         before = lines if before is None else before
         if lines >= before + more:
             return
@@ -115,16 +115,37 @@ def test_a_killed_run_goes_on_where_it_stopped(
 ) -> None:
     chance = random.Random(workers)
     out = tmp_path / "out"
-    kills = 0
+    kills = attempts = 0
     while not out.exists():
+        attempts += 1
+        assert attempts < 40, "the run makes no progress"
         process = begin(corpus, tokenizer_folder, out, workers)
         wait_for_lines(process, out, chance.randint(3, 30))
         time.sleep(chance.random() * 0.02)
         kills += process.poll() is None
         process.kill()
         process.communicate()
-        assert kills < 100, "the run makes no progress"
     prepare([corpus], tokenizer_folder, out, OPTIONS, range_bytes=RANGE_BYTES)
+    assert kills > 1
+    assert content(out) == clean
+
+
+@pytest.mark.chaos
+def test_a_run_killed_between_shards_goes_on(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
+) -> None:
+    chance = random.Random(5)
+    out = tmp_path / "out"
+    kills = attempts = 0
+    while not out.exists():
+        attempts += 1
+        assert attempts < 40, "the run makes no progress"
+        process = begin(corpus, tokenizer_folder, out, 1)
+        wait_for_lines(process, out, chance.randint(1, 6), b'"shard"')
+        time.sleep(chance.random() * 0.005)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
     assert kills > 1
     assert content(out) == clean
 
