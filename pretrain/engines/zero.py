@@ -168,6 +168,7 @@ class ZeroEngine:
     def close(self) -> None:
         """See Engine."""
         self._engine.destroy()
+        gc.unfreeze()
 
 
 def _build(

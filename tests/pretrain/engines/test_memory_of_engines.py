@@ -47,6 +47,7 @@ class WatchingBatch(Batch):
 
 def storages() -> dict[int, int]:
     """Address -> bytes of every tensor's storage in this process, gradients included."""
+    gc.unfreeze()  # the zero engine takes what it starts with out of the collector's lists
     gc.collect()
     found = {}
     for tensor in [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]:
