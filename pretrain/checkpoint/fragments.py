@@ -32,11 +32,6 @@ class Fragment:
     start: int  # first element within the flattened box
     values: torch.Tensor  # (count,) fp32, on the CPU
 
-    @property
-    def box_shape(self) -> tuple[int, ...]:
-        """Lengths of the box."""
-        return tuple(stop - start for start, stop in self.box)
-
 
 def whole_box(shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """The box that is the whole tensor."""

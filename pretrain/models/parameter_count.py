@@ -44,11 +44,6 @@ class ParameterCount:
         """Parameters that take part in one token's forward."""
         return self.total - self.experts + self.active_experts
 
-    @property
-    def layers_only(self) -> int:
-        """Parameters without the token and position tables, the output head and the final norm."""
-        return self.total - self.embedding - self.positions - self.head
-
 
 def count_parameters(shape: Architecture) -> ParameterCount:
     """Count by component, without building anything."""
