@@ -111,7 +111,7 @@ def test_other_unknown_words_are_usage_errors(
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [(ConfigError, 64), (DataError, 65), (DivergedError, 70), (LaunchError, 71), (CheckpointError, 74)],
+    [(ConfigError, 64), (DataError, 65), (DivergedError, 70), (LaunchError, 64), (CheckpointError, 74)],
 )
 def test_each_kind_of_error_has_its_exit_code(
     kind: type[PretrainError], code: int, composition: types.ModuleType, capsys: pytest.CaptureFixture[str]
