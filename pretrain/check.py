@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config import RunConfig, load_config
+from pretrain.config import RunConfig
 from pretrain.errors import ConfigError
-from pretrain.run_plan import RunPlan, plan_run
+from pretrain.run_plan import RunPlan, load_and_plan
 
 GIB = 2**30
 LARGEST_GRID = 64  # ranks; a larger one is described, not drawn
@@ -29,8 +29,7 @@ def print_check(path: Path, overrides: Sequence[str], *, world_size: int, as_jso
         ConfigError: with every problem; as JSON they are printed as well.
     """
     try:
-        config = load_config(path, overrides)
-        plan = plan_run(config, world_size)
+        config, plan = load_and_plan(path, overrides, world_size)
     except ConfigError as error:
         if as_json:
             _print_json({"problems": [dataclasses.asdict(problem) for problem in error.problems]})

@@ -7,6 +7,7 @@ features work together (compatibility.py) nor what numbers follow from it (batch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from pretrain.config_problems import accepts_text_only, problems_of
+from pretrain.config_problems import accepts_text_only, problems_of, without_faults
 from pretrain.errors import ConfigError, Problem
 from pretrain.yaml_text import read_yaml, write_yaml
 
@@ -290,7 +291,10 @@ def _validate(values: dict[str, Any], problems: list[Problem]) -> RunConfig:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(*problems, *problems_of(error, RunConfig)) from error
+        refusal = ConfigError(*problems, *problems_of(error, RunConfig))
+        with suppress(ValidationError):
+            refusal.remainder = RunConfig.model_validate(without_faults(values, error))
+        raise refusal from error
     if problems:
         raise ConfigError(*problems)
     return config

@@ -5,9 +5,10 @@ Owns the wording and the spelling suggestions. What is valid is said in config.p
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -35,6 +36,14 @@ _KINDS: Mapping[str, str] = {
     "model_attributes_type": "a mapping of keys",
     "string_pattern_mismatch": "a folder's name, without / or \\",
 }
+# For keys without a default: values that fit every model and divide by every number of ranks.
+_STAND_INS: Mapping[str, object] = {
+    "name": "run",
+    "optimizer.learning_rate": 1e-3,
+    "batch.sequence_length": 1,
+    "batch.micro_batch_size": 1,
+    "batch.global_batch_size": 2**24 * 3**4 * 5**2 * 7,
+}
 _LIMITS: Mapping[str, tuple[str, str]] = {
     "greater_than": ("gt", "more than"),
     "greater_than_equal": ("ge", "at least"),
@@ -60,6 +69,21 @@ def problems_of(error: ValidationError, root: type[BaseModel]) -> Iterator[Probl
             yield Problem(f"{place} is not given", "it has no default", f"add {place} to the file")
         else:
             yield _wrong_value(location, fault)
+
+
+def without_faults(values: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
+    """The values without the keys that are wrong; where a key must be there, one that raises no problem of its own."""
+    kept = copy.deepcopy(dict(values))
+    for fault in error.errors():
+        *path, key = _written(fault) or ("",)
+        target: Any = kept
+        for part in path:
+            target = target.get(part, {}) if isinstance(target, dict) else {}
+        if isinstance(target, dict):
+            target.pop(key, None)
+            if (stand_in := _STAND_INS.get(dotted(_written(fault)))) is not None:
+                target[key] = stand_in
+    return kept
 
 
 def _written(fault: ErrorDetails) -> Location:

@@ -37,9 +37,13 @@ class PretrainError(Exception):
 
 
 class ConfigError(PretrainError):
-    """The run configuration, an option or a combination of them cannot work."""
+    """The run configuration, an option or a combination of them cannot work.
+
+    `remainder`: the configuration without its wrong keys, to look for further problems in; never to be run.
+    """
 
     exit_code = 64
+    remainder: object | None = None
 
 
 class DataError(PretrainError):

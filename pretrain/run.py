@@ -20,7 +20,7 @@ from pretrain.checkpoint.inspection import open_verified, select_checkpoint
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.resume import choose_checkpoint
 from pretrain.checkpoint.store import CheckpointStore
-from pretrain.config import RunConfig, load_config, save_config
+from pretrain.config import RunConfig, save_config
 from pretrain.data import tokenizer_folder
 from pretrain.data.loader import TrainingLoader, evaluation_batches
 from pretrain.data.open_datasets import OpenedData, open_datasets
@@ -41,7 +41,7 @@ from pretrain.optimization.schedules import build_schedule
 from pretrain.reporting.record import Outcome
 from pretrain.reporting.reporter import Reporter, build_reporter
 from pretrain.reporting.wandb_destination import require_wandb
-from pretrain.run_plan import RunPlan, plan_run
+from pretrain.run_plan import RunPlan, load_and_plan
 from pretrain.training.guard import Guard
 from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
@@ -54,10 +54,10 @@ logger = logging.getLogger(__name__)
 def train(config_path: Path, overrides: list[str], resume: str) -> int:
     """Train one rank's part of a run; the same call on every rank. Returns the exit code."""
     place = distributed.read_place()
-    config = read_accelerate_request(distributed.environment()).apply_to(load_config(config_path, overrides))
+    request = read_accelerate_request(distributed.environment())
+    config, plan = load_and_plan(config_path, overrides, place.world_size, request.apply_to)
     if config.reporting.wandb:
         require_wandb()
-    plan = plan_run(config, place.world_size)
     start_logging(config.folder, place.rank)
     distributed.start(place)
     try:

@@ -5,14 +5,14 @@ The one gate that `pretrain check` and `pretrain train` share. Prints nothing an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pretrain.batch_plan import BatchPlan, build_batch_plan
 from pretrain.compatibility import choose_engine, find_conflicts
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, load_config
 from pretrain.engines.deepspeed_config import ownership_problems, read_deepspeed_file
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.architecture import Architecture, UnknownFamily, resolve_architecture
@@ -36,6 +36,25 @@ class RunPlan:
     flops: TokenFlops
     memory: MemoryEstimate
     warnings: tuple[str, ...]
+
+
+def load_and_plan(
+    path: str | Path, overrides: Sequence[str], world_size: int, adjust: Callable[[RunConfig], RunConfig] = lambda c: c
+) -> tuple[RunConfig, RunPlan]:
+    """Read a run configuration and work out its plan; `adjust` lays a launcher's wishes over it.
+
+    Raises:
+        ConfigError: with every problem of the file, and those that the rest of it has as a plan.
+    """
+    try:
+        config = adjust(load_config(path, overrides))
+    except ConfigError as error:
+        further: list[Problem] = []
+        if isinstance(error.remainder, RunConfig):
+            remainder = error.remainder
+            _attempt(further, lambda: plan_run(remainder, world_size))
+        raise ConfigError(*error.problems, *further) from error
+    return config, plan_run(config, world_size)
 
 
 def plan_run(config: RunConfig, world_size: int) -> RunPlan:

@@ -148,3 +148,16 @@ def test_more_sharding_never_needs_more_devices() -> None:
             assert sharded is not None
             assert whole is None or sharded <= whole
         assert row.one_device_gib * 2**30 > 18 * row.parameters
+
+
+def test_mistakes_in_keys_values_model_and_batch_are_told_together() -> None:
+    mistakes = ("optimizr.x=1", "model.hidden_sise=3", "batch.global_batch_size=1001", "precision=fp8", "seed=-1")
+    result = command("check", "launch/recipes/llama-7b.yaml", *mistakes, "--world-size", "32")
+    assert result.returncode == 64
+    assert len(re.findall(r"^(?:error: )?\d+\. ", result.stderr, re.MULTILINE)) == len(mistakes)
+
+
+def test_a_wrong_key_without_a_default_hides_nothing_and_adds_nothing() -> None:
+    wrong = ("batch.micro_batch_size=0", "optimizer.learning_rate=fast")
+    result = command("check", "launch/recipes/llama-7b.yaml", *wrong, "model.preset=llama-7", "--world-size", "6")
+    assert len(re.findall(r"^(?:error: )?\d+\. ", result.stderr, re.MULTILINE)) == 4  # the last: 1024 rows on 6 ranks
