@@ -16,9 +16,11 @@ from typing import Any, TextIO
 from xxhash import xxh3_128
 
 from data_tools.choices import BadLinePolicy
+from data_tools.documents import BadRecord, Document
 from data_tools.errors import InputError
+from data_tools.json_lines import count_lines
 from data_tools.ranges import Piece
-from data_tools.readers import BadRecord, Document, PieceReader, count_lines
+from data_tools.readers import open_piece
 
 MOST_EXAMPLES = 20  # places of bad records that are remembered
 
@@ -54,7 +56,7 @@ class Corpus:
             kept: TextIO | None = None
             before = 0
             for number, piece in enumerate(self.pieces):
-                reader = PieceReader(piece, text_key=self.text_key, id_key=self.id_key)
+                reader = open_piece(piece, text_key=self.text_key, id_key=self.id_key)
                 for record in reader.documents():
                     self.disk_bytes = before + max(0, reader.disk_position() - piece.start)
                     if isinstance(record, Document):

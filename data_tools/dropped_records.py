@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.corpus import MOST_EXAMPLES
+from data_tools.documents import BadRecord
 from data_tools.ranges import Task
-from data_tools.readers import BadRecord
 from data_tools.task_encoding import TaskResult, task_file
 
 

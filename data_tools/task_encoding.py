@@ -19,11 +19,11 @@ from xxhash import xxh3_64_intdigest
 
 from data_tools.choices import Backend, BadLinePolicy
 from data_tools.corpus import Corpus
+from data_tools.documents import Document
 from data_tools.encoding import Encoder, EncodersDifferError, ReferenceEncoder, build_encoder
 from data_tools.errors import ShardError
 from data_tools.manifest import sync_folder
 from data_tools.ranges import Task
-from data_tools.readers import Document
 from data_tools.shard_writer import MAX_DOCUMENT_TOKENS
 from data_tools.tokenizer import load_tokenizer
 

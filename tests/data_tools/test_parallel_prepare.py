@@ -15,11 +15,12 @@ import psutil
 import pytest
 
 from data_tools.choices import BadLinePolicy
+from data_tools.documents import Document
 from data_tools.errors import InputError, WorkerError
 from data_tools.journal import JOURNAL_NAME, Journal
 from data_tools.prepare import PrepareOptions, prepare
 from data_tools.ranges import Piece, plan_tasks
-from data_tools.readers import Document, PieceReader
+from data_tools.readers import open_piece
 from tests.data_tools.conftest import TEXT, write_lines
 
 RANGE_BYTES = 2000  # some sixty tasks
@@ -256,13 +257,13 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path: Path, corpus: Path, token
 
 def test_ranges_hold_every_line_once(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [*TEXT, "x" * 5000, "end"])
-    expected = [record for record in PieceReader(Piece(file=source)).documents()]
+    expected = [record for record in open_piece(Piece(file=source)).documents()]
     size = source.stat().st_size
     for step in [1, 7, 100, 997, size - 1, size, size + 1]:
         found = []
         for task in plan_tasks([source], step) if step > 1 else plan_tasks([source], 50):
             for piece in task.pieces:
-                found += list(PieceReader(piece).documents())
+                found += list(open_piece(piece).documents())
         assert found == expected
         assert all(isinstance(record, Document) for record in found)
 
