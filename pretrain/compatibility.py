@@ -26,6 +26,13 @@ Feature = Literal[
     "pipeline parallelism",
     "sequence parallelism",
     "expert parallelism",
+    "DualPipeV",
+    "sharded data parallelism",
+    "optimizer offload",
+    "parameter offload",
+    "NVMe offload",
+    "selective recomputation",
+    "recomputation of some layers",
     "several processes",
     "a DeepSpeed file",
 ]
@@ -64,9 +71,40 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "pipeline parallelism": lambda run: run.config.parallel.pipeline > 1,
     "sequence parallelism": lambda run: run.config.parallel.sequence > 1,
     "expert parallelism": lambda run: run.config.parallel.expert > 1,
+    "DualPipeV": lambda run: run.config.parallel.pipeline_schedule == "dualpipev",
+    "sharded data parallelism": lambda run: run.config.parallel.data_parallel == "shard",
+    "optimizer offload": lambda run: run.config.parallel.offload_optimizer != "none",
+    "parameter offload": lambda run: run.config.parallel.offload_parameters != "none",
+    "NVMe offload": lambda run: (
+        "nvme" in (run.config.parallel.offload_optimizer, run.config.parallel.offload_parameters)
+    ),
+    "selective recomputation": lambda run: run.config.execution.recomputation == "selective",
+    "recomputation of some layers": lambda run: run.config.execution.recompute_every > 1,
     "several processes": lambda run: run.world_size > 1,
     "a DeepSpeed file": lambda run: run.config.parallel.deepspeed_config is not None,
 }
+
+# Features that change how ranks share the work: every pair that is not refused has a parity test.
+LAYOUT_FEATURES: tuple[Feature, ...] = (
+    "engine plain",
+    "engine zero",
+    "engine pipeline",
+    "engine accelerate",
+    "ZeRO stage 0",
+    "ZeRO stage 2",
+    "ZeRO stage 3",
+    "tensor parallelism",
+    "pipeline parallelism",
+    "sequence parallelism",
+    "expert parallelism",
+    "DualPipeV",
+    "sharded data parallelism",
+    "optimizer offload",
+    "parameter offload",
+    "selective recomputation",
+    "recomputation of some layers",
+    "several processes",
+)
 
 _ENGINES = "auto, plain or zero"
 _ONE = "1 (not in this version)"
@@ -101,6 +139,24 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ),
     ("expert parallelism", "expert parallelism"): Refusal(
         reason="not in this version", allowed=_ONE, change="set parallel.expert=1"
+    ),
+    ("DualPipeV", "DualPipeV"): Refusal(
+        reason="not in this version", allowed="1f1b", change="set parallel.pipeline_schedule=1f1b"
+    ),
+    ("sharded data parallelism", "sharded data parallelism"): Refusal(
+        reason="not in this version", allowed="replicate", change="set parallel.data_parallel=replicate"
+    ),
+    ("optimizer offload", "optimizer offload"): Refusal(
+        reason="not in this version", allowed="none", change="set parallel.offload_optimizer=none"
+    ),
+    ("parameter offload", "parameter offload"): Refusal(
+        reason="not in this version", allowed="none", change="set parallel.offload_parameters=none"
+    ),
+    ("selective recomputation", "selective recomputation"): Refusal(
+        reason="not in this version", allowed="none, full", change="set execution.recomputation=full"
+    ),
+    ("recomputation of some layers", "recomputation of some layers"): Refusal(
+        reason="not in this version", allowed="1", change="set execution.recompute_every=1"
     ),
     ("engine plain", "several processes"): Refusal(
         reason="the plain engine is one process",
@@ -141,7 +197,16 @@ def choose_engine(config: RunConfig, world_size: int) -> str:
     parallel = config.parallel
     if parallel.engine != "auto":
         return parallel.engine
-    wants_deepspeed = parallel.deepspeed_config is not None or parallel.zero_stage != 1 or config.precision == "fp16"
+    if parallel.pipeline > 1:
+        return "pipeline"
+    if parallel.data_parallel == "shard":
+        return "accelerate"
+    wants_deepspeed = (
+        parallel.deepspeed_config is not None
+        or parallel.zero_stage != 1
+        or config.precision == "fp16"
+        or {parallel.offload_optimizer, parallel.offload_parameters} != {"none"}
+    )
     return "zero" if world_size > 1 or wants_deepspeed else "plain"
 
 

@@ -30,7 +30,8 @@ from pretrain.yaml_text import read_yaml, write_yaml
 
 Precision = Literal["fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "plain", "zero", "pipeline", "accelerate"]
-Recomputation = Literal["none", "full"]
+Recomputation = Literal["none", "full", "selective"]
+Offload = Literal["none", "cpu", "nvme"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
@@ -183,7 +184,23 @@ class ParallelSection(Section):
     pipeline: int = Field(default=1, ge=1)  # ranks
     sequence: int = Field(default=1, ge=1)  # ranks
     expert: int = Field(default=1, ge=1)  # ranks
+    pipeline_schedule: Literal["1f1b", "dualpipev"] = "1f1b"  # order of forwards and backwards in a pipeline
+    data_parallel: Literal["replicate", "shard"] = "replicate"  # accelerate engine: DDP, or FSDP2
+    offload_optimizer: Offload = "none"  # where fp32 weights and moments lie between steps
+    offload_parameters: Offload = "none"  # stage 3: where the shards of the weights lie
+    offload_folder: str | None = None  # nvme: a folder on each node's fast disk
     deepspeed_config: str | None = None  # a file of DeepSpeed-only keys, such as ds_configs/zero2.json
+
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """See Section."""
+        wants_disk = "nvme" in (given.get("offload_optimizer"), given.get("offload_parameters"))
+        if wants_disk and given.get("offload_folder") is None:
+            yield Problem(
+                "offload to nvme names no folder",
+                "parallel.offload_folder: a folder on each node's fast disk",
+                "add, for example, parallel.offload_folder=/local/offload",
+            )
 
     @field_validator("zero_stage", mode="before")
     @classmethod
@@ -196,7 +213,9 @@ class ExecutionSection(Section):
 
     attention: Attention = "auto"  # auto: flash-attn where it is installed and the device has it, else sdpa
     compile: bool = False  # torch.compile, layer by layer
-    recomputation: Recomputation = "none"  # activation checkpointing: full recomputes every layer in backward
+    # activation checkpointing: full runs layers again in backward, selective all of a layer but its attention
+    recomputation: Recomputation = "none"
+    recompute_every: int = Field(default=1, ge=1)  # full: each so many-th layer, 1 is all of them
 
 
 class CheckpointSection(Section):

@@ -204,6 +204,7 @@ def _build_engine(config: RunConfig, plan: RunPlan, device: torch.device) -> Eng
         plan.engine,
         builder,
         device,
+        topology=plan.topology,
         accumulation=plan.batch.accumulation,
         file_values=read_deepspeed_file(file) if file else {},
     )

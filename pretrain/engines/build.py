@@ -10,6 +10,7 @@ import torch
 from pretrain.config import RunConfig
 from pretrain.engines.base import Engine
 from pretrain.models.build import ModelBuilder
+from pretrain.topology import Topology
 
 
 def build_engine(
@@ -18,6 +19,7 @@ def build_engine(
     builder: ModelBuilder,
     device: torch.device,
     *,
+    topology: Topology,
     accumulation: int,
     file_values: Mapping[str, Any],
 ) -> Engine:
@@ -25,9 +27,10 @@ def build_engine(
 
     Args:
         config: of the run.
-        name: plain or zero, as `compatibility.choose_engine` says.
+        name: of an engine, as `compatibility.choose_engine` says.
         builder: of the model.
         device: of this rank.
+        topology: of all ranks.
         accumulation: most micro-batches of a step, once a batch ramp is over.
         file_values: of the ds_configs file; empty where there is none.
     """
@@ -37,4 +40,4 @@ def build_engine(
         return PlainEngine(config, builder, device)
     from pretrain.engines.zero import ZeroEngine
 
-    return ZeroEngine(config, builder, device, accumulation=accumulation, file_values=file_values)
+    return ZeroEngine(config, builder, device, topology=topology, accumulation=accumulation, file_values=file_values)

@@ -27,6 +27,7 @@ from pretrain.models.evaluation import sum_losses
 from pretrain.models.training_model import TrainingModel
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.random_streams import stream_seed
+from pretrain.topology import Topology
 
 # of DeepSpeed's dynamic loss scaler: what the next step depends on
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -41,6 +42,7 @@ class ZeroEngine:
         builder: ModelBuilder,
         device: torch.device,
         *,
+        topology: Topology,
         accumulation: int,
         file_values: Mapping[str, Any],
     ) -> None:
@@ -51,7 +53,7 @@ class ZeroEngine:
             )
         self._config = config
         self._device = device
-        self._ranks = distributed.world_size()
+        self._ranks = topology.data
         self._stage = config.parallel.zero_stage
         settings = build_deepspeed_config(
             config, accumulation=accumulation, data_parallel=self._ranks, file_values=file_values

@@ -20,6 +20,7 @@ from pretrain.config import RunConfig
 from pretrain.engines.build import build_engine
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
+from pretrain.topology import build_topology
 from tests.benchmarks.bare_loop import ACCUMULATION, LENGTH, MODEL, ROWS, build_bare_step, random_rows
 
 TOKENS = ACCUMULATION * ROWS * LENGTH
@@ -41,7 +42,15 @@ def build_engine_step(name: str, precision: str, *, compiles: bool = False, zero
         }
     )
     builder = ModelBuilder(config.model, seed=0, sequence_length=LENGTH, execution=config.execution, loss=config.loss)
-    engine = build_engine(config, name, builder, torch.device("cpu"), accumulation=ACCUMULATION, file_values={})
+    engine = build_engine(
+        config,
+        name,
+        builder,
+        torch.device("cpu"),
+        topology=build_topology(distributed.world_size()),
+        accumulation=ACCUMULATION,
+        file_values={},
+    )
 
     def step(number: int) -> float:
         batches = [as_batch(rows) for rows in random_rows(number)]

@@ -32,6 +32,13 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
     "pipeline parallelism": {"parallel": {"pipeline": 2}},
     "sequence parallelism": {"parallel": {"sequence": 2}},
     "expert parallelism": {"parallel": {"expert": 2}},
+    "DualPipeV": {"parallel": {"pipeline_schedule": "dualpipev"}},
+    "sharded data parallelism": {"parallel": {"data_parallel": "shard"}},
+    "optimizer offload": {"parallel": {"offload_optimizer": "cpu"}},
+    "parameter offload": {"parallel": {"offload_parameters": "cpu"}},
+    "NVMe offload": {"parallel": {"offload_optimizer": "nvme", "offload_folder": "nvme"}},
+    "selective recomputation": {"execution": {"recomputation": "selective"}},
+    "recomputation of some layers": {"execution": {"recomputation": "full", "recompute_every": 2}},
     "several processes": {},
     "a DeepSpeed file": {"parallel": {"deepspeed_config": "ds_configs/zero1.json"}},
 }
@@ -87,6 +94,9 @@ def test_pairs_are_symmetric_and_complete() -> None:
         ({"deepspeed_config": "x.json"}, "bf16", 1, "zero"),
         ({}, "fp16", 1, "zero"),
         ({"engine": "zero"}, "fp32", 1, "zero"),
+        ({"pipeline": 2}, "fp32", 2, "pipeline"),
+        ({"data_parallel": "shard"}, "bf16", 2, "accelerate"),
+        ({"offload_optimizer": "cpu"}, "bf16", 1, "zero"),
         ({"engine": "plain"}, "fp32", 2, "plain"),
     ],
 )

@@ -10,27 +10,54 @@ import numpy as np
 import torch
 
 from pretrain import distributed
+from pretrain.checkpoint.boxes import Box
 from pretrain.checkpoint.fragments import KINDS
+from pretrain.compatibility import choose_engine
 from pretrain.config import RunConfig
 from pretrain.engines.base import Engine
 from pretrain.engines.build import build_engine
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.build import ModelBuilder
+from pretrain.topology import Topology, build_topology
 
 VOCABULARY = 512
 SEQUENCE_LENGTH = 48
 STEPS = 5
+PARALLEL_KEYS = (
+    "engine",
+    "zero_stage",
+    "tensor",
+    "pipeline",
+    "sequence",
+    "expert",
+    "pipeline_schedule",
+    "data_parallel",
+    "offload_optimizer",
+    "offload_parameters",
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """One way to train the same rows."""
 
-    engine: str
+    engine: str = "auto"
     zero_stage: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: int = 1
+    expert: int = 1
+    pipeline_schedule: str = "1f1b"
+    data_parallel: str = "replicate"
+    offload_optimizer: str = "none"
+    offload_parameters: str = "none"
+    recomputation: str = "none"
+    recompute_every: int = 1
     precision: str = "fp32"
     micro_batch_size: int = 4
     model_type: str = "llama"
+    model: tuple[tuple[str, Any], ...] = ()  # further fields of the model's configuration
+    layers: int = 2
     tied: bool = False
     global_batch_size: int = 8
     clip_norm: float = 0.5
@@ -50,11 +77,12 @@ class Case:
                     "model_type": self.model_type,
                     "vocab_size": VOCABULARY,
                     "hidden_size": 64,
-                    "num_hidden_layers": 2,
+                    "num_hidden_layers": self.layers,
                     "num_attention_heads": 4,
                     "tie_word_embeddings": self.tied,
                     "max_position_embeddings": SEQUENCE_LENGTH,
                     **(family if self.model_type != "gpt2" else {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}),
+                    **dict(self.model),
                 },
                 "data": {"train": "none"},
                 "batch": {
@@ -66,8 +94,21 @@ class Case:
                 "schedule": {"total_steps": STEPS},
                 "loss": {"z_loss": self.z_loss},
                 "precision": self.precision,
-                "parallel": {"engine": self.engine, "zero_stage": self.zero_stage},
+                "parallel": {key: getattr(self, key) for key in PARALLEL_KEYS},
+                "execution": {"recomputation": self.recomputation, "recompute_every": self.recompute_every},
             }
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a whole step."""
+        return self.global_batch_size // self.micro_batch_size // self.topology.data
+
+    @property
+    def topology(self) -> Topology:
+        """Of the ranks that run this."""
+        return build_topology(
+            distributed.world_size(), tensor=self.tensor, pipeline=self.pipeline, sequence=self.sequence
         )
 
 
@@ -79,7 +120,7 @@ class Outcome:
     norms: list[float]
     skipped: list[bool]
     evaluation: tuple[float, int]
-    fragments: list[tuple[str, str, tuple[int, ...], int, np.ndarray]]
+    fragments: list[tuple[str, str, tuple[int, ...], Box, int, np.ndarray]]
     scalars: dict[str, Any]
 
 
@@ -94,8 +135,15 @@ def start_engine(case: Case) -> Engine:
         execution=config.execution,
         loss=config.loss,
     )
-    accumulation = case.global_batch_size // case.micro_batch_size // distributed.world_size()
-    return build_engine(config, case.engine, builder, torch.device("cpu"), accumulation=accumulation, file_values={})
+    return build_engine(
+        config,
+        choose_engine(config, distributed.world_size()),
+        builder,
+        torch.device("cpu"),
+        topology=case.topology,
+        accumulation=case.accumulation,
+        file_values={},
+    )
 
 
 def _allow_fp16() -> None:
@@ -116,7 +164,7 @@ def take_steps(engine: Engine, case: Case, first_step: int = 0, steps: int = STE
         norms.append(float(result.gradient_norm))
         skipped.append(bool(result.skipped))
     evaluation = engine.evaluate(iter(step_batches(case, 1000)))
-    fragments = [(f.name, f.kind, f.shape, f.start, f.values.numpy().copy()) for f in engine.fragments()]
+    fragments = [(f.name, f.kind, f.shape, f.box, f.start, f.values.numpy().copy()) for f in engine.fragments()]
     return Outcome(
         losses, norms, skipped, (evaluation.loss_sum, evaluation.target_count), fragments, engine.scalar_state()
     )
@@ -141,8 +189,9 @@ def poison_next_forward(engine: Engine) -> None:
 
 
 def step_batches(case: Case, step: int) -> list[Batch]:
-    """This rank's micro-batches of a step; rows depend on the step and their number only."""
-    rank, ranks, micro = distributed.rank(), distributed.world_size(), case.micro_batch_size
+    """The micro-batches of this rank's data coordinate; rows depend on the step and their number only."""
+    topology, micro = case.topology, case.micro_batch_size
+    rank, ranks = topology.coordinate(distributed.rank()).data, topology.data
     batches = []
     rows_of_step = case.global_batch_size // (2 if step < case.small_steps else 1)
     for index in range(rows_of_step // micro // ranks):
@@ -182,11 +231,12 @@ def assemble(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], np.ndarray]:
     """Whole tensors from all ranks' fragments; every element must be there exactly once."""
     whole: dict[tuple[str, str], np.ndarray] = {}
     for outcome in outcomes:
-        for name, kind, shape, start, values in outcome.fragments:
+        for name, kind, shape, box, start, values in outcome.fragments:
             target = whole.setdefault((name, kind), np.full(int(np.prod(shape)), np.nan, dtype=np.float32))
-            part = target[start : start + values.size]
-            assert np.isnan(part).all(), f"{name} {kind} is covered twice"
-            part[:] = values
+            inside = tuple(slice(*side) for side in box)
+            places = np.arange(target.size).reshape(shape)[inside].ravel()[start : start + values.size]
+            assert np.isnan(target[places]).all(), f"{name} {kind} is covered twice"
+            target[places] = values
     for (name, kind), values in whole.items():
         assert not np.isnan(values).any(), f"{name} {kind} is not covered"
         assert kind in KINDS

@@ -67,7 +67,13 @@ def held_and_predicted(engine_name: str, stage: int, precision: str, ranks: int)
     limits = {"reduce_bucket_size": BUCKET, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
     file = {"zero_optimization": limits}
     engine = build_engine(
-        config, plan.engine, builder, torch.device("cpu"), accumulation=plan.batch.accumulation, file_values=file
+        config,
+        plan.engine,
+        builder,
+        torch.device("cpu"),
+        topology=plan.topology,
+        accumulation=plan.batch.accumulation,
+        file_values=file,
     )
     ids = torch.arange(LENGTH)[None]
     values = {

@@ -18,13 +18,13 @@ Pool = Callable[[int], RankPool]
 SAVED_AFTER = 3
 LATER = 3
 LAYOUTS = {
-    "plain": (1, Case("plain")),
-    "zero 0 x 2": (2, Case("zero", zero_stage=0)),
-    "zero 1 x 1": (1, Case("zero", zero_stage=1)),
-    "zero 1 x 2": (2, Case("zero", zero_stage=1)),
-    "zero 2 x 2": (2, Case("zero", zero_stage=2)),
-    "zero 3 x 1": (1, Case("zero", zero_stage=3)),
-    "zero 3 x 2": (2, Case("zero", zero_stage=3)),
+    "plain": (1, Case(engine="plain")),
+    "zero 0 x 2": (2, Case(engine="zero", zero_stage=0)),
+    "zero 1 x 1": (1, Case(engine="zero", zero_stage=1)),
+    "zero 1 x 2": (2, Case(engine="zero", zero_stage=1)),
+    "zero 2 x 2": (2, Case(engine="zero", zero_stage=2)),
+    "zero 3 x 1": (1, Case(engine="zero", zero_stage=3)),
+    "zero 3 x 2": (2, Case(engine="zero", zero_stage=3)),
 }
 CHANGES = [
     ("plain", "zero 3 x 2"),

@@ -39,7 +39,7 @@ class ScriptedEngine(PlainEngine):
 
 
 def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[TrainingLoop, ScriptedEngine]:
-    values = Case("plain").config.model_dump() | {"schedule": {"total_steps": 6}} | sections
+    values = Case(engine="plain").config.model_dump() | {"schedule": {"total_steps": 6}} | sections
     values["optimizer"]["betas"] = tuple(values["optimizer"]["betas"])
     config = RunConfig.model_validate(values)
     builder = ModelBuilder(config.model, seed=1, sequence_length=48, execution=config.execution, loss=config.loss)
@@ -64,7 +64,7 @@ def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[Trai
 
 def steps_from(step: int) -> Iterator[list[Batch]]:
     while True:
-        yield step_batches(Case("plain"), step)
+        yield step_batches(Case(engine="plain"), step)
         step += 1
 
 
