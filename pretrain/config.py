@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from pretrain.config_files import read_run_file
 from pretrain.config_problems import accepts_text_only, problems_of, without_faults
 from pretrain.errors import ConfigError, Problem
 from pretrain.yaml_text import read_yaml, write_yaml
@@ -282,18 +283,12 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run YAML and apply `section.key=value` overrides (values are YAML).
+    """Read a run YAML, with the file it extends, and apply `section.key=value` overrides (values are YAML).
 
     Raises:
         ConfigError: with every problem of the file and the overrides, spelling suggestions included.
     """
-    try:
-        values = read_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(Problem(f"{path}: {error}", "a readable YAML file", "check the path and the file")) from error
-    if not isinstance(values, dict):
-        kind = "nothing" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(Problem(f"{path} holds {kind}", "a mapping of sections", "see launch/recipes"))
+    values = read_run_file(Path(path))
     problems = [problem for override in overrides if (problem := _apply_override(values, override))]
     return _validate(_without_empty_sections(values), problems)
 

@@ -213,3 +213,23 @@ def test_plain_words_follow_yaml_1_2(text: str, value: Any) -> None:
     read = read_yaml(text)
     assert read == value
     assert type(read) is type(value)
+
+
+def test_a_file_lays_its_values_over_those_it_extends(tmp_path: Path) -> None:
+    base = load_config(write(tmp_path))
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "large.yaml").write_text("extends: ../run.yaml\nname: large\nbatch: {micro_batch_size: 4}\n")
+    (tmp_path / "last.yaml").write_text("extends: inner/large.yaml\nseed: 7\n")
+    batch = base.batch.model_copy(update={"micro_batch_size": 4})
+    last = load_config(tmp_path / "last.yaml")
+    assert last == base.model_copy(update={"name": "large", "seed": 7, "batch": batch})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("extends: a.yaml", "extends itself"), ("extends: [b.yaml]", "the path of one"), ("extends: no.yaml", "no.yaml")],
+)
+def test_a_chain_of_files_that_cannot_be_followed_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    (found,) = problems(tmp_path / "a.yaml")
+    assert expected in f"{found.found} {found.allowed}"
