@@ -46,10 +46,13 @@ class ModelBuilder:
         _restore_rotary_buffers(network)
         return TrainingModel(network, execution=self._execution, loss=self._loss)
 
-    def fill(self, model: TrainingModel, gather: Gather = no_gather) -> None:
-        """Write every parameter in place, from the weights folder or from (seed, name); collective where gather is."""
+    def fill(self, model: TrainingModel, gather: Gather = no_gather, known_names: frozenset[str] = frozenset()) -> None:
+        """Write every parameter in place, from the weights folder or from (seed, name); collective where gather is.
+
+        `known_names` are those of the whole model where `model` is a part of it: a folder may hold them as well.
+        """
         if self._section.weights is not None:
-            load_weights(model.network, Path(self._section.weights), gather=gather)
+            load_weights(model.network, Path(self._section.weights), gather=gather, known_names=known_names)
         else:
             initialize(model.network, seed=self._seed, gather=gather)
 

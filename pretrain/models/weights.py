@@ -26,13 +26,21 @@ CHANGE = "check that model.weights and the model's fields belong together"
 
 
 @torch.no_grad()
-def load_weights(network: PreTrainedModel, folder: Path, *, gather: Gather = no_gather) -> None:
+def load_weights(
+    network: PreTrainedModel,
+    folder: Path,
+    *,
+    gather: Gather = no_gather,
+    known_names: frozenset[str] = frozenset(),
+) -> None:
     """Write every parameter in place from the folder; collective where `gather` is.
+
+    `known_names` may be in the folder besides the network's own: those of the model that it is a part of.
 
     Raises:
         ConfigError: no readable safetensors there, or names or shapes that do not fit the model, all of them named.
     """
-    sources = _match(network, _file_of_each_tensor(folder))
+    sources = _match(network, _file_of_each_tensor(folder), known_names)
     problems = []
     for path, tensors in sources.items():
         with _opened(path) as file:
@@ -80,10 +88,12 @@ def _file_of_each_tensor(folder: Path) -> dict[str, Path]:
     return {name: folder / file for name, file in names.items()}
 
 
-def _match(network: PreTrainedModel, files: dict[str, Path]) -> dict[Path, list[tuple[str, nn.Parameter]]]:
+def _match(
+    network: PreTrainedModel, files: dict[str, Path], known_names: frozenset[str]
+) -> dict[Path, list[tuple[str, nn.Parameter]]]:
     """File -> (stored name, parameter) of all that it holds for the model."""
     prefix = network.base_model_prefix + "."
-    known = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    known = known_names | {name for name, _ in network.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in network.named_buffers()}
     # Folders saved from the base model alone, as the first GPT-2's, lack its prefix.
     stored_names = {name if name in known or prefix + name not in known else prefix + name: name for name in files}
