@@ -113,13 +113,30 @@ _NO_SHARDING = Refusal(
     allowed="stages are the zero engine's",
     change="set parallel.engine=zero, or leave parallel.zero_stage out",
 )
+_NO_ZERO_STAGE = Refusal(
+    reason="stages are the zero engine's; accelerate's DDP keeps the whole state on each rank, FSDP2 a part of it",
+    allowed="no stage",
+    change="set parallel.data_parallel=shard and leave parallel.zero_stage out, or set parallel.engine=zero",
+)
+_DATA_PARALLEL_ONLY = Refusal(
+    reason="the accelerate engine shares data, and with parallel.data_parallel=shard the state, but no computation",
+    allowed="1",
+    change="set parallel.engine=auto, or leave the size out",
+)
+_NO_OFFLOAD = Refusal(
+    reason="the accelerate engine keeps its state on the device",
+    allowed="none",
+    change="set parallel.engine=zero, or parallel.data_parallel=shard without offload",
+)
+_SHARDED_BY_FSDP = Refusal(
+    reason="FSDP2 is the accelerate engine's way to share the state; the other engines have their own",
+    allowed="replicate",
+    change="set parallel.engine=accelerate, or parallel.zero_stage=3 with parallel.data_parallel=replicate",
+)
 
 # The table. A feature paired with itself is refused altogether.
 REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("engine pipeline", "engine pipeline"): Refusal(
-        reason="not in this version", allowed=_ENGINES, change="set parallel.engine=auto"
-    ),
-    ("engine accelerate", "engine accelerate"): Refusal(
         reason="not in this version", allowed=_ENGINES, change="set parallel.engine=auto"
     ),
     ("tensor parallelism", "tensor parallelism"): Refusal(
@@ -143,9 +160,29 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("DualPipeV", "DualPipeV"): Refusal(
         reason="not in this version", allowed="1f1b", change="set parallel.pipeline_schedule=1f1b"
     ),
-    ("sharded data parallelism", "sharded data parallelism"): Refusal(
-        reason="not in this version", allowed="replicate", change="set parallel.data_parallel=replicate"
+    ("engine accelerate", "ZeRO stage 0"): _NO_ZERO_STAGE,
+    ("engine accelerate", "ZeRO stage 2"): _NO_ZERO_STAGE,
+    ("engine accelerate", "ZeRO stage 3"): _NO_ZERO_STAGE,
+    ("engine accelerate", "precision fp16"): Refusal(
+        reason="the accelerate engine has no loss scaling",
+        allowed="fp32, bf16",
+        change="set precision=bf16, or parallel.engine=zero",
     ),
+    ("engine accelerate", "a DeepSpeed file"): Refusal(
+        reason="the accelerate engine does not read DeepSpeed settings",
+        allowed="null",
+        change="set parallel.engine=zero, or parallel.deepspeed_config=null",
+    ),
+    ("engine accelerate", "tensor parallelism"): _DATA_PARALLEL_ONLY,
+    ("engine accelerate", "pipeline parallelism"): _DATA_PARALLEL_ONLY,
+    ("engine accelerate", "sequence parallelism"): _DATA_PARALLEL_ONLY,
+    ("engine accelerate", "expert parallelism"): _DATA_PARALLEL_ONLY,
+    ("engine accelerate", "DualPipeV"): _DATA_PARALLEL_ONLY,
+    ("engine accelerate", "optimizer offload"): _NO_OFFLOAD,
+    ("engine accelerate", "parameter offload"): _NO_OFFLOAD,
+    ("sharded data parallelism", "engine plain"): _SHARDED_BY_FSDP,
+    ("sharded data parallelism", "engine zero"): _SHARDED_BY_FSDP,
+    ("sharded data parallelism", "engine pipeline"): _SHARDED_BY_FSDP,
     ("optimizer offload", "optimizer offload"): Refusal(
         reason="not in this version", allowed="none", change="set parallel.offload_optimizer=none"
     ),

@@ -38,6 +38,10 @@ def build_engine(
         from pretrain.engines.plain import PlainEngine
 
         return PlainEngine(config, builder, device)
+    if name == "accelerate":
+        from pretrain.engines.accelerated import AcceleratedEngine
+
+        return AcceleratedEngine(config, builder, device)
     from pretrain.engines.zero import ZeroEngine
 
     return ZeroEngine(config, builder, device, topology=topology, accumulation=accumulation, file_values=file_values)

@@ -18,6 +18,7 @@ from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
+from pretrain.optimization.update import clip_and_step
 from pretrain.random_streams import stream_seed
 
 
@@ -57,11 +58,7 @@ class PlainEngine:
         if self._masters:
             self._masters.complete_gradients()
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in updated if weight.grad is not None])
-        clip = self._config.optimizer.clip_norm
-        scale = torch.clamp((norm + 1e-6) / clip, min=1.0) if clip else torch.ones_like(norm)
-        # AdamW's fused kernel divides gradients by grad_scale and leaves everything untouched where found_inf is set
-        vars(self._optimizer).update(grad_scale=scale, found_inf=(~norm.isfinite()).float())
-        self._optimizer.step()
+        clip_and_step(self._optimizer, norm, self._config.optimizer.clip_norm)
         if self._masters:
             self._masters.publish()
         else:

@@ -102,7 +102,9 @@ class _ChunkedLoss(torch.autograd.Function):
             if gradients is not None:
                 gradients.add(rows, logits, hidden[rows], weight)
         ctx.gradients = gradients
-        return sums[0], sums[1]
+        return sums[0].clone(), sums[
+            1
+        ].clone()  # no views: FSDP2 cannot hook the backward of one that is changed in place
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from tests.pretrain.engines.cases import Case
+from tests.pretrain.engines.cases import VOCABULARY, Case
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,34 @@ def _zero_cells() -> list[Cell]:
     return cells
 
 
+def _accelerate_cells() -> list[Cell]:
+    cells = [
+        Cell(
+            ranks,
+            Case(
+                engine="accelerate", data_parallel=way, precision=precision, micro_batch_size=8 // ranks // accumulation
+            ),
+        )
+        for way in ("replicate", "shard")
+        for precision, ranks, accumulation in (("fp32", 1, 2), ("fp32", 2, 1), ("fp32", 2, 2), ("bf16", 2, 2))
+    ]
+    tied = {"engine": "accelerate", "tied": True, "micro_batch_size": 2}
+    cells += [
+        Cell(2, Case(**tied, model_type="qwen3", small_steps=2)),
+        Cell(2, Case(**tied, data_parallel="shard", precision="bf16", model_type="qwen3", small_steps=2)),
+        # rows that the ranks do not divide
+        Cell(2, Case(**tied, data_parallel="shard", model_type="gpt2", model=(("vocab_size", VOCABULARY + 1),))),
+    ]
+    uneven = (("intermediate_size", 130),)
+    cells += [
+        Cell(4, Case(engine="accelerate", data_parallel=way, model=uneven, micro_batch_size=1), slow=True)
+        for way in ("replicate", "shard")
+    ]
+    return cells
+
+
 CELLS: tuple[Cell, ...] = (
     Cell(1, Case(engine="plain", micro_batch_size=2)),
     *_zero_cells(),
+    *_accelerate_cells(),
 )

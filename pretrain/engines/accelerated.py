@@ -1,0 +1,145 @@
+"""Data parallelism through accelerate: DDP (every rank holds all), or FSDP2 (every rank holds a part of every weight).
+
+Owns the step and the state's logical form; how the model is wrapped is accelerated_model.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pretrain import distributed
+from pretrain.checkpoint.fragments import KINDS, MASTER, Fragment, LogicalState, whole_box
+from pretrain.config import RunConfig
+from pretrain.engines.accelerated_model import hold_model, start_accelerator
+from pretrain.engines.base import EvaluationResult, StepResult
+from pretrain.models.batch import Batch
+from pretrain.models.build import ModelBuilder
+from pretrain.models.evaluation import sum_losses
+from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
+from pretrain.optimization.update import clip_and_step
+from pretrain.random_streams import stream_seed
+
+
+class AcceleratedEngine:
+    """One rank of a data-parallel group that spans all ranks, fp32 or bf16 with fp32 master weights."""
+
+    def __init__(self, config: RunConfig, builder: ModelBuilder, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._ranks, self._rank = distributed.world_size(), distributed.rank()
+        self._accelerator = start_accelerator(device)
+        self._model = builder.build(device)
+        self._held = hold_model(
+            self._accelerator,
+            self._model,
+            sharded=config.parallel.data_parallel == "shard",
+            precision=config.precision,
+        )
+        self._weights = self._held.weights
+        self._optimizer = build_optimizer(
+            ((name, weight.values) for name, weight in self._weights.items()), config.optimizer
+        )
+
+    def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        """See Engine."""
+        self._model.train()
+        targets = torch.tensor(float(sum(batch.target_count for batch in micro_batches)), device=self._device)
+        targets = distributed.all_reduce_sum(targets).clamp(min=1)
+        # both wrappers average gradients over ranks: undo that, for ours is one mean over the global batch
+        weight = self._ranks / targets
+        sums = torch.zeros(2, device=self._device)
+        for index, batch in enumerate(micro_batches):
+            torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index * self._ranks + self._rank))
+            is_last = index == len(micro_batches) - 1
+            with self._held.communicating(is_last=is_last):
+                loss_sum, z_loss_sum = self._held.forward(batch.to(self._device))
+                objective = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
+                self._held.backward(objective, is_last=is_last)
+            sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
+        norm = self._update()
+        loss, z_loss = distributed.all_reduce_sum(sums) / targets
+        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=~norm.isfinite())
+
+    def _update(self) -> torch.Tensor:
+        norm = torch.nn.utils.get_total_norm(self._held.collect_gradients())
+        if self._held.is_sharded:
+            norm = distributed.all_reduce_sum(norm.square()).sqrt()
+        clip_and_step(self._optimizer, norm, self._config.optimizer.clip_norm)
+        self._held.drop_gradients()
+        return norm
+
+    def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
+        """See Engine."""
+        self._model.eval()
+        sums = sum_losses(self._held.forward, micro_batches, self._device)
+        loss, targets = distributed.all_reduce_sum(sums).tolist()
+        return EvaluationResult(loss_sum=loss, target_count=int(targets))
+
+    def set_learning_rate_multiplier(self, multiplier: float) -> None:
+        """See Engine."""
+        set_learning_rate_multiplier(self._optimizer, multiplier)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See Engine."""
+        return {name: weight.shape for name, weight in self._weights.items()}
+
+    def model_config(self) -> dict[str, Any]:
+        """See Engine."""
+        return dict(self._model.network.config.to_dict())
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See Engine; where every rank holds all, rank r of n answers for the r-th n-th of each tensor."""
+        for name, weight in self._weights.items():
+            state = self._optimizer.state.get(weight.values, {})
+            start, first, count = self._own_run(name)
+            for kind in KINDS if count else ():
+                values = weight.values if kind == MASTER else state.get(kind, torch.zeros_like(weight.values))
+                yield Fragment(
+                    name=name,
+                    kind=kind,
+                    shape=weight.shape,
+                    box=whole_box(weight.shape),
+                    start=start,
+                    values=values.detach().flatten().narrow(0, first, count).to("cpu", torch.float32),
+                )
+
+    def _own_run(self, name: str) -> tuple[int, int, int]:
+        """Of what this rank saves: first element in the logical tensor, in its own values, and how many."""
+        weight = self._weights[name]
+        if self._held.is_sharded:
+            return self._first_element(name), 0, weight.values.numel()
+        share = math.ceil(weight.values.numel() / self._ranks)
+        start = min(self._rank * share, weight.values.numel())
+        return start, start, min(share, weight.values.numel() - start)
+
+    def _first_element(self, name: str) -> int:
+        weight = self._weights[name]
+        return weight.first_row * math.prod(weight.shape[1:])
+
+    def scalar_state(self) -> dict[str, Any]:
+        """See Engine."""
+        steps = [state["step"] for state in self._optimizer.state.values()]
+        return {"optimizer_steps": int(steps[0]) if steps else 0}
+
+    @torch.no_grad()
+    def restore(self, state: LogicalState) -> None:
+        """See Engine."""
+        steps = float(state.scalars["optimizer_steps"])
+        for name, weight in self._weights.items():
+            first, values = self._first_element(name), weight.values
+            held = {
+                kind: state.read_run(name, kind, first, values.numel()).view(values.shape).to(self._device)
+                for kind in KINDS
+            }
+            values.copy_(held.pop(MASTER))
+            self._optimizer.state[values] = {"step": torch.tensor(steps, device=self._device), **held}
+
+    def close(self) -> None:
+        """See Engine."""
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)

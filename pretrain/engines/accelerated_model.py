@@ -1,0 +1,223 @@
+"""The model as accelerate's processes hold it: whole on each (DDP), or the rows of every weight shared (FSDP2).
+
+Owns wrapping, and when gradients travel. What a step does with them is accelerated.py's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from pretrain import distributed
+from pretrain.config import Precision
+from pretrain.errors import LaunchError, Problem
+from pretrain.models.batch import Batch
+from pretrain.models.training_model import TrainingModel, decoder_layers
+
+Sums = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWeight:
+    """This rank's part of one fp32 weight: rows [first_row, first_row + len(values)) of the logical tensor."""
+
+    shape: tuple[int, ...]  # of the logical tensor
+    first_row: int
+    values: nn.Parameter  # what the optimizer updates, the same storage that forward reads
+
+
+class HeldModel(ABC):
+    """A model whose fp32 weights the optimizer may update in place; every rank must call every method."""
+
+    forward: Callable[[Batch], Sums]
+    weights: Mapping[str, LocalWeight]  # by logical name
+    is_sharded: bool
+
+    @abstractmethod
+    def backward(self, objective: torch.Tensor, *, is_last: bool) -> None:
+        """Differentiate one micro-batch; after the last, every rank's part of the averaged gradient is there."""
+
+    @abstractmethod
+    def communicating(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """Surrounds forward and backward of one micro-batch."""
+
+    def collect_gradients(self) -> list[torch.Tensor]:
+        """This rank's parts of the gradient, each now where the optimizer looks for it."""
+        return [weight.values.grad for weight in self.weights.values() if weight.values.grad is not None]
+
+    def drop_gradients(self) -> None:
+        """Free them."""
+        for weight in self.weights.values():
+            weight.values.grad = None
+
+
+def start_accelerator(device: torch.device) -> Any:
+    """Accelerate's view of this process, which must be the launcher's.
+
+    Raises:
+        LaunchError: accelerate counts other processes than there are, as it does on CPUs under some of its options.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier engine of this process
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",  # rounding is ours: see RoundedForward and the FSDP plugin's policy
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != distributed.world_size():
+        raise LaunchError(
+            Problem(
+                f"accelerate counts {accelerator.num_processes} processes, the launcher started "
+                f"{distributed.world_size()}: gradients would not be shared",
+                "equal numbers",
+                "start with accelerate launch --multi_gpu (ACCELERATE_USE_CPU=true on CPUs), torchrun or srun; "
+                "or set parallel.engine=zero",
+            )
+        )
+    return accelerator
+
+
+class ReplicatedModel(HeldModel):
+    """DistributedDataParallel, as `Accelerator.prepare` makes it."""
+
+    is_sharded = False
+
+    def __init__(self, accelerator: Any, model: TrainingModel, precision: Precision) -> None:
+        self.weights = {
+            name: LocalWeight(shape=tuple(weight.shape), first_row=0, values=weight) for name, weight in _trained(model)
+        }
+        module = RoundedForward(model) if precision == "bf16" else model
+        self._accelerator = accelerator
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers to an argument that accelerate does not pass on
+            warnings.simplefilter("ignore", FutureWarning)
+            self._module = accelerator.prepare_model(module, device_placement=False)
+        self.forward = self._module
+
+    def communicating(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """See HeldModel: gradients travel once a step."""
+        return nullcontext() if is_last else self._accelerator.no_sync(self._module)
+
+    def backward(self, objective: torch.Tensor, *, is_last: bool) -> None:
+        """See HeldModel."""
+        self._accelerator.backward(objective)
+
+
+class ShardedModel(HeldModel):
+    """`fully_shard` with the settings of accelerate's FSDP plugin, which reads its launcher's FSDP_* variables.
+
+    Accelerate itself opens this path on accelerators only; torch's own works on any device, so numbers are the same.
+    """
+
+    is_sharded = True
+
+    def __init__(self, accelerator: Any, model: TrainingModel, precision: Precision) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shapes = {name: tuple(weight.shape) for name, weight in _trained(model)}
+        device = accelerator.device
+        self._accelerator = accelerator
+        self._module = _shard(model, init_device_mesh(device.type, (accelerator.num_processes,)), precision)
+        self._sharded = dict(_trained(model))
+        self.weights = {
+            name: LocalWeight(
+                shape=shapes[name], first_row=_first_row(weight), values=nn.Parameter(weight.to_local().detach())
+            )
+            for name, weight in self._sharded.items()
+        }
+        self.forward = self._module
+
+    def communicating(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """See HeldModel."""
+        return nullcontext()
+
+    def backward(self, objective: torch.Tensor, *, is_last: bool) -> None:
+        """See HeldModel: each micro-batch's gradients are shared out, for to keep them whole would undo the saving."""
+        self._module.set_is_last_backward(is_last)
+        self._accelerator.backward(objective)
+
+    def collect_gradients(self) -> list[torch.Tensor]:
+        """See HeldModel."""
+        for name, weight in self._sharded.items():
+            self.weights[name].values.grad = None if weight.grad is None else weight.grad.to_local()
+        return super().collect_gradients()
+
+    def drop_gradients(self) -> None:
+        """See HeldModel."""
+        super().drop_gradients()
+        for weight in self._sharded.values():
+            weight.grad = None
+
+
+class RoundedForward(nn.Module):
+    """Computes with bf16 copies of fp32 weights; gradients are rounded a micro-batch and summed in fp32.
+
+    Autocast would keep the residual stream in fp32 and knows nothing of the fused loss: another model than the one
+    that the other engines train.
+    """
+
+    def __init__(self, model: TrainingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Sums:
+        """See TrainingModel.forward."""
+        low = {name: weight.bfloat16() for name, weight in self.model.named_parameters()}
+        sums: Sums = functional_call(self.model, low, (batch,))
+        return sums
+
+
+def hold_model(accelerator: Any, model: TrainingModel, *, sharded: bool, precision: Precision) -> HeldModel:
+    """Wrap a model that was just filled. Collective."""
+    if precision == "bf16":
+        for weight in model.parameters():  # masters start from the rounded weights, as in the other engines
+            weight.data = weight.data.bfloat16().float()
+    return (ShardedModel if sharded else ReplicatedModel)(accelerator, model, precision)
+
+
+def _trained(model: TrainingModel) -> Iterator[tuple[str, Any]]:
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            yield model.logical_name(name), weight
+
+
+def _shard(model: TrainingModel, mesh: Any, precision: Precision) -> Any:
+    """One group of weights a decoder layer, one each for embedding and head unless they are tied, one for the rest."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    low = torch.bfloat16 if precision == "bf16" else None
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        cpu_offload=False,  # accelerate_request.py refuses a launcher that asks for it
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+    )
+    settings = {
+        "mesh": mesh,
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "mp_policy": plugin.mixed_precision_policy,
+    }
+    for layer in decoder_layers(model.network):
+        fully_shard(layer, **settings)
+    ends = (model.network.get_input_embeddings(), model.network.get_output_embeddings())
+    if ends[0].weight is not ends[1].weight:
+        for end in ends:
+            fully_shard(end, **settings)
+    return fully_shard(model, **settings)
+
+
+def _first_row(weight: Any) -> int:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return int(offset[0])
