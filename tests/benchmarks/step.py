@@ -1,9 +1,10 @@
-"""Tokens per second of each engine on one process, against the bare loop, interleaved step by step in one run.
+"""Tokens per second of each engine at 1 and 2 ranks, against the bare loop in the same run.
 
-    OMP_WAIT_POLICY=PASSIVE python -m tests.benchmarks.step [--rounds 7] [--only NAME ...]
+    python -m tests.benchmarks.step [--rounds 7] [--only WORD ...]
 
-Medians of CPU-quiet steps matter on a shared machine, so each line also says the spread. Compilation is left out of the
-times: every variant takes two steps first.
+Every variant lives in processes of its own and takes turns, step by step, with its reference: sharing a process slows
+one of the two. At 2 ranks the reference is two bare loops that know nothing of each other. Ratios of medians; the
+spread is in each line. Two steps come first, so compilation is left out of the times.
 """
 
 from __future__ import annotations
@@ -11,102 +12,74 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
-import torch
+from tests.benchmarks.bare_loop import ACCUMULATION, LENGTH, ROWS
+from tests.benchmarks.step_variants import VARIANTS, Variant, take_step
+from tests.distributed.ranks import RankPool
 
-from pretrain import distributed
-from pretrain.config import RunConfig
-from pretrain.engines.build import build_engine
-from pretrain.models.batch import Batch
-from pretrain.models.build import ModelBuilder
-from pretrain.topology import build_topology
-from tests.benchmarks.bare_loop import ACCUMULATION, LENGTH, MODEL, ROWS, build_bare_step, random_rows
-
-TOKENS = ACCUMULATION * ROWS * LENGTH
-Step = Callable[[int], float]
+TOKENS = ACCUMULATION * ROWS * LENGTH  # of one bare step
 
 
-def build_engine_step(name: str, precision: str, *, compiles: bool = False, zero_stage: int = 1) -> Step:
-    config = RunConfig.model_validate(
-        {
-            "name": "benchmark",
-            "model": {"model_type": "llama", **MODEL},
-            "data": {"train": "random"},
-            "batch": {"sequence_length": LENGTH, "micro_batch_size": ROWS, "global_batch_size": ROWS * ACCUMULATION},
-            "optimizer": {"learning_rate": 3e-4},
-            "schedule": {"total_steps": 1000},
-            "precision": precision,
-            "parallel": {"engine": name, "zero_stage": zero_stage},
-            "execution": {"compile": compiles},
-        }
-    )
-    builder = ModelBuilder(config.model, seed=0, sequence_length=LENGTH, execution=config.execution, loss=config.loss)
-    engine = build_engine(
-        config,
-        name,
-        builder,
-        torch.device("cpu"),
-        topology=build_topology(distributed.world_size()),
-        accumulation=ACCUMULATION,
-        file_values={},
-    )
+class Runner:
+    """The processes of one variant, and how long their steps took."""
 
-    def step(number: int) -> float:
-        batches = [as_batch(rows) for rows in random_rows(number)]
-        return float(engine.train_step(batches, number).loss)
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+        self._place = VARIANTS.index(variant)
+        # threads that wait by spinning would slow whoever's turn it is
+        self._pool = RankPool(variant.ranks, environment={"OMP_WAIT_POLICY": "PASSIVE"})
+        losses = [self._pool.run(take_step, self._place, number, deadline_seconds=600)[0] for number in (0, 1)]
+        print(f"warm-up {variant.name}: loss {losses[0]:.4f} {losses[1]:.4f}", flush=True)
 
-    return step
+    def seconds(self, number: int) -> float:
+        began = time.perf_counter()
+        self._pool.run(take_step, self._place, number, deadline_seconds=600)
+        return time.perf_counter() - began
+
+    def tokens(self) -> int:
+        """Of one step of all ranks together."""
+        parallel = self.variant.parallel or {}
+        rows_shared_by = parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("sequence", 1)
+        return TOKENS * self.variant.ranks // rows_shared_by
+
+    def close(self) -> None:
+        self._pool.close()
 
 
-def as_batch(rows: torch.Tensor) -> Batch:
-    return Batch(
-        input_ids=rows[:, :-1].contiguous(),
-        labels=rows[:, 1:].contiguous(),
-        position_ids=torch.arange(LENGTH).expand(ROWS, -1).contiguous(),
-        cumulative_lengths=torch.arange(0, ROWS * LENGTH + 1, LENGTH, dtype=torch.int32),
-        longest_document=LENGTH,
-        target_count=ROWS * LENGTH,
-    )
-
-
-# name -> (builder, name of its reference)
-VARIANTS: dict[str, tuple[Callable[[], Step], str]] = {
-    "bare bf16 autocast": (lambda: build_bare_step(autocasts=True), "bare bf16 autocast"),
-    "plain bf16": (lambda: build_engine_step("plain", "bf16"), "bare bf16 autocast"),
-    "plain bf16 compiled": (lambda: build_engine_step("plain", "bf16", compiles=True), "bare bf16 autocast"),
-    "zero 1 bf16": (lambda: build_engine_step("zero", "bf16"), "bare bf16 autocast"),
-    "bare fp32": (lambda: build_bare_step(autocasts=False), "bare fp32"),
-    "plain fp32": (lambda: build_engine_step("plain", "fp32"), "bare fp32"),
-}
+def compare(variants: Sequence[Variant], rounds: int) -> None:
+    """Run the variants of one reference, each in turns with it."""
+    (bare,) = [variant for variant in VARIANTS if variant.name == variants[0].reference]
+    reference = Runner(bare)
+    for variant in variants:
+        other = Runner(variant)
+        taken = [(reference.seconds(2 + number), other.seconds(2 + number)) for number in range(rounds)]
+        other.close()
+        speeds = [
+            runner.tokens() / statistics.median(column)
+            for runner, column in zip((reference, other), zip(*taken, strict=True), strict=True)
+        ]
+        own = [pair[1] for pair in taken]
+        print(
+            f"{variant.name:20} {speeds[1]:7.0f} tokens/s  {statistics.median(own):6.2f} s ({min(own):.2f}-"
+            f"{max(own):.2f})  {speeds[1] / speeds[0]:5.2f} of {bare.name}, {speeds[0]:.0f} tokens/s",
+            flush=True,
+        )
+    reference.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--only", nargs="*", default=[""], help="words of which a variant's name holds at least one")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    distributed.start(distributed.read_place())
-    steps = {name: VARIANTS[name][0]() for name in arguments.only}
-    for name, step in steps.items():
-        print(f"warm-up {name}: loss {step(0):.4f} {step(1):.4f}", flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(arguments.rounds):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step(2 + number)
-            seconds[name].append(time.perf_counter() - began)
-    print(f"{arguments.rounds} interleaved rounds, {TOKENS} tokens a step, {arguments.threads} threads")
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
-        reference = seconds.get(VARIANTS[name][1])
-        ratio = f"{statistics.median(reference) / median:5.2f} of {VARIANTS[name][1]}" if reference else ""
-        print(
-            f"{name:22} {TOKENS / median:7.0f} tokens/s  {median:6.2f} s ({min(taken):.2f}-{max(taken):.2f})  {ratio}"
-        )
-    distributed.stop()
+    wanted = [
+        variant
+        for variant in VARIANTS
+        if variant.parallel is not None and any(word in variant.name for word in arguments.only)
+    ]
+    for reference in dict.fromkeys(variant.reference for variant in wanted):
+        compare([variant for variant in wanted if variant.reference == reference], arguments.rounds)
 
 
 if __name__ == "__main__":
