@@ -51,12 +51,11 @@ def train_tokenizer(
     """Train a tokenizer and save a folder that AutoTokenizer loads."""
     _use_threads(workers)
     from data_tools.corpus import Corpus
-    from data_tools.ranges import Piece
-    from data_tools.readers import find_inputs
+    from data_tools.documents import Keys
+    from data_tools.input_files import find_inputs
     from data_tools.tokenizer_training import make_tokenizer
 
-    pieces = [Piece(file=file) for file in find_inputs(inputs)]
-    corpus = Corpus(pieces=pieces, text_key=text_key, on_bad_line=on_bad_line)
+    corpus = Corpus(pieces=find_inputs(inputs), keys=Keys(text=text_key), on_bad_line=on_bad_line)
     made, reused = make_tokenizer(corpus, kind, vocab_size, output)
     _say_if_reused(output, reused)
     for reason, count in corpus.dropped.items():

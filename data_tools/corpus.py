@@ -16,10 +16,10 @@ from typing import Any, TextIO
 from xxhash import xxh3_128
 
 from data_tools.choices import BadLinePolicy
-from data_tools.documents import BadRecord, Document
+from data_tools.documents import BadRecord, Document, Keys
 from data_tools.errors import InputError
 from data_tools.json_lines import count_lines
-from data_tools.ranges import Piece
+from data_tools.pieces import Piece
 from data_tools.readers import open_piece
 
 MOST_EXAMPLES = 20  # places of bad records that are remembered
@@ -37,8 +37,7 @@ class Corpus:
     """
 
     pieces: Sequence[Piece]
-    text_key: str = "text"
-    id_key: str = "id"
+    keys: Keys = field(default_factory=Keys)
     on_bad_line: BadLinePolicy = BadLinePolicy.FAIL
     quarantine: Path | None = None  # where the policy quarantine keeps records
     lines: list[int] = field(default_factory=list)
@@ -56,9 +55,9 @@ class Corpus:
             kept: TextIO | None = None
             before = 0
             for number, piece in enumerate(self.pieces):
-                reader = open_piece(piece, text_key=self.text_key, id_key=self.id_key)
+                reader = open_piece(piece, self.keys)
                 for record in reader.documents():
-                    self.disk_bytes = before + max(0, reader.disk_position() - piece.start)
+                    self.disk_bytes = before + reader.disk_bytes()
                     if isinstance(record, Document):
                         yield number, record
                         continue
@@ -69,26 +68,30 @@ class Corpus:
                             kept = stack.enter_context(self.quarantine.open("w", encoding="utf-8"))
                         kept.write(_quarantined(number, record))
                 self.lines.append(reader.lines)
-                before += (piece.file.stat().st_size if piece.stop is None else piece.stop) - piece.start
+                before += piece.disk_bytes
                 self.disk_bytes = before
 
     def _account(self, number: int, record: BadRecord) -> None:
         if self.on_bad_line is BadLinePolicy.FAIL:
             piece = self.pieces[number]
-            earlier = count_lines(piece.file, piece.start) if piece.start else 0
+            earlier = piece.start
+            if earlier and piece.unit == "bytes":
+                earlier = count_lines(piece.file, piece.start)
             raise InputError(
                 str(replace(record, line=record.line + earlier)),
-                f"UTF-8 text under the key {self.text_key!r}",
-                "mend the record, give --text-key, or choose --on-bad-line skip or quarantine",
+                f"UTF-8 text under the key {self.keys.text!r}, of at most {self.keys.longest_bytes:,} bytes",
+                "mend the record, give --text-key or --max-document-bytes, or choose --on-bad-line skip or quarantine",
             )
         self.dropped[record.reason] += 1
         if len(self.examples) < MOST_EXAMPLES:
             self.examples.append((number, replace(record, raw=b"")))
 
 
-def input_facts(files: Sequence[Path]) -> list[dict[str, Any]]:
+def input_facts(files: Sequence[Piece]) -> list[dict[str, Any]]:
     """Return name, size and hash of every file: what a dataset was made from."""
-    return [{"file": str(file), "bytes": file.stat().st_size, "xxh3_128": _hash_file(file)} for file in files]
+    return [
+        {"file": file.shown, "bytes": file.file.stat().st_size, "xxh3_128": _hash_file(file.file)} for file in files
+    ]
 
 
 def _quarantined(piece: int, record: BadRecord) -> str:

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from data_tools.corpus import MOST_EXAMPLES
 from data_tools.documents import BadRecord
@@ -20,11 +21,12 @@ def count_dropped(tasks: Sequence[Task], results: Sequence[TaskResult]) -> tuple
     """Return the number of dropped records by reason, and the places of the first ones."""
     dropped: Counter[str] = Counter()
     examples: list[str] = []
-    for result, first_lines in zip(results, _first_lines(tasks, results), strict=True):
+    for task, result, first_lines in zip(tasks, results, _first_lines(tasks, results), strict=True):
         dropped.update(result.dropped)
         for piece, file, line, reason, detail in result.examples[: MOST_EXAMPLES - len(examples)]:
-            record = BadRecord(reason=reason, detail=detail, file=file, line=line + first_lines[piece], raw=b"")
-            examples.append(str(record))
+            place = line + first_lines[piece]
+            unit: Literal["line", "row"] = "row" if task.pieces[piece].unit == "rows" else "line"
+            examples.append(str(BadRecord(reason=reason, detail=detail, file=file, line=place, raw=b"", unit=unit)))
     return dict(dropped), examples
 
 

@@ -5,17 +5,16 @@ Decides nothing about bad records: they are yielded like documents, and the call
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import orjson
 
-from data_tools.documents import BadRecord, Document
-from data_tools.errors import InputError
-from data_tools.ranges import Piece
+from data_tools.documents import KEPT_BYTES, BadRecord, Document, Keys, metadata_line, text_problem
+from data_tools.pieces import Piece
+from data_tools.streams import decompression_of, open_bytes
 
 _BLOCK_BYTES = 1 << 16
 
@@ -26,16 +25,15 @@ class JsonLinesReader:
     Lines are counted from the beginning of the piece: `lines` tells, after the last document, how many there were.
     """
 
-    def __init__(self, piece: Piece, *, text_key: str, id_key: str) -> None:
+    def __init__(self, piece: Piece, keys: Keys) -> None:
         self.piece = piece
-        self.text_key = text_key
-        self.id_key = id_key
+        self.keys = keys
         self.lines = 0
         self._file: IO[bytes] | None = None  # as it lies on the disk
 
-    def disk_position(self) -> int:
-        """Bytes of the file that have been read, compressed ones if it is compressed: to show progress."""
-        return 0 if self._file is None else self._file.tell()
+    def disk_bytes(self) -> int:
+        """Bytes of the piece that have been read, compressed ones if it is compressed: to show progress."""
+        return 0 if self._file is None else max(0, self._file.tell() - self.piece.start)
 
     def documents(self) -> Iterator[Document | BadRecord]:
         """Yield the documents and the bad records.
@@ -44,17 +42,29 @@ class JsonLinesReader:
             InputError: the file cannot be decompressed.
         """
         piece = self.piece
-        with piece.file.open("rb") as opened:
+        longest = self.keys.longest_bytes
+        with piece.file.open("rb") as opened, decompression_of(piece.shown):
             self._file = opened
-            compressed = piece.file.name.endswith(".gz")
-            file: Any = gzip.GzipFile(fileobj=opened) if compressed else opened
+            file = open_bytes(opened, piece.kind.compression)
             position = _first_line(file, piece)
-            while (piece.stop is None or position < piece.stop) and (line := _next_line(file, piece.file)):
+            while (piece.stop is None or position < piece.stop) and (line := file.readline(longest + 1)):
                 self.lines += 1
+                if len(line) > longest and not line.endswith(b"\n"):
+                    length = len(line) + _pass_line(file)
+                    yield self._too_long(line, length)
+                    position += length
+                    continue
                 if not line.isspace():
-                    yield _parse_line(line, self.text_key, self.id_key, str(piece.file), self.lines, position)
+                    text = line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
+                    record = _parse_line(text, self.keys, piece.shown, self.lines, position, len(line))
+                    yield record
                 position += len(line)
             self._file = None
+
+    def _too_long(self, line: bytes, length: int) -> BadRecord:
+        detail = f"{length:,} bytes, at most {self.keys.longest_bytes:,} are read as one document"
+        raw = line[:KEPT_BYTES]
+        return BadRecord(reason="too long", detail=detail, file=self.piece.shown, line=self.lines, raw=raw)
 
 
 def count_lines(file: Path, stop: int) -> int:
@@ -83,16 +93,17 @@ def _first_line(file: IO[bytes], piece: Piece) -> int:
     return position
 
 
-def _next_line(file: IO[bytes], path: Path) -> bytes:
-    try:
-        return file.readline()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{path} cannot be decompressed ({error})", "a whole gzip file", "copy or download the file again"
-        ) from error
+def _pass_line(file: IO[bytes]) -> int:
+    """Go to the end of a line in fixed memory, and return how many bytes it has from here."""
+    passed = 0
+    while block := file.readline(_BLOCK_BYTES):
+        passed += len(block)
+        if block.endswith(b"\n"):
+            break
+    return passed
 
 
-def _parse_line(line: bytes, text_key: str, id_key: str, file: str, number: int, start: int) -> Document | BadRecord:
+def _parse_line(line: bytes, keys: Keys, file: str, number: int, start: int, length: int) -> Document | BadRecord:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -102,22 +113,20 @@ def _parse_line(line: bytes, text_key: str, id_key: str, file: str, number: int,
         except UnicodeDecodeError as wrong:
             reason, detail = "not UTF-8", f"byte 0x{line[wrong.start]:02x} at {wrong.start}"
         return BadRecord(reason=reason, detail=detail, file=file, line=number, raw=line)
-    reason, detail = "", ""
     if not isinstance(record, dict):
-        reason, detail = "not a JSON object", type(record).__name__
-    elif text_key not in record:
-        reason, detail = "no text key", f"{text_key!r} is not among {', '.join(sorted(record)[:10])}"
-    elif not isinstance(record[text_key], str):
-        reason, detail = "text is not a string", f"{text_key!r} is of type {type(record[text_key]).__name__}"
-    elif not record[text_key]:
-        reason, detail = "empty text", ""
-    if reason:
-        return BadRecord(reason=reason, detail=detail, file=file, line=number, raw=line)
-    identifier = record.get(id_key)
+        problem: tuple[str, str] | None = "not a JSON object", type(record).__name__
+    elif keys.text not in record:
+        problem = "no text key", f"{keys.text!r} is not among {', '.join(sorted(record)[:10])}"
+    else:
+        problem = text_problem(record[keys.text], keys.text)
+    if problem is not None:
+        return BadRecord(reason=problem[0], detail=problem[1], file=file, line=number, raw=line)
+    identifier = record.get(keys.identifier)
     return Document(
-        text=record[text_key],
+        text=record[keys.text],
         identifier=None if identifier is None else str(identifier),
         file=file,
         start=start,
-        stop=start + len(line),
+        stop=start + length,
+        metadata=metadata_line([record.get(name) for name in keys.metadata], keys.metadata) if keys.metadata else b"",
     )

@@ -20,14 +20,16 @@ from xxhash import xxh3_128_hexdigest
 
 from data_tools.choices import Backend, BadLinePolicy
 from data_tools.corpus import input_facts
+from data_tools.documents import LONGEST_DOCUMENT_BYTES, Keys
 from data_tools.dropped_records import count_dropped, gather_quarantine
 from data_tools.errors import InputError, UsageError
+from data_tools.input_files import find_inputs
 from data_tools.journal import Journal
 from data_tools.manifest import Manifest, load_manifest, save_manifest
+from data_tools.pieces import Piece
 from data_tools.preparation_report import write_report
 from data_tools.publish import Made, is_finished, staged_output
 from data_tools.ranges import RANGE_BYTES, Task, plan_tasks
-from data_tools.readers import find_inputs
 from data_tools.shard_assembly import SplitAssembly
 from data_tools.shard_verify import split_folders
 from data_tools.shard_writer import SHARD_TOKENS, token_dtype
@@ -54,6 +56,8 @@ class PrepareOptions:
 
     text_key: str = "text"
     id_key: str = "id"
+    metadata_keys: tuple[str, ...] = ()  # kept beside the tokens, a line of JSON a document
+    max_document_bytes: int = LONGEST_DOCUMENT_BYTES  # a longer record is a bad one
     fractions: tuple[float, ...] = (0.98, 0.01, 0.01)  # of train, validation, test
     seed: int = 0  # of the split
     on_bad_line: BadLinePolicy = BadLinePolicy.FAIL
@@ -87,7 +91,7 @@ def split_of(text: str, fractions: Sequence[float], seed: int) -> str:
 
 
 def prepare(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path | Piece],
     tokenizer: Path,
     output: Path,
     options: PrepareOptions,
@@ -152,8 +156,12 @@ def _encoding_options(
         tokenizer=tokenizer,
         eos_token=options.eos_token,
         dtype=dtype,
-        text_key=options.text_key,
-        id_key=options.id_key,
+        keys=Keys(
+            text=options.text_key,
+            identifier=options.id_key,
+            metadata=options.metadata_keys,
+            longest_bytes=options.max_document_bytes,
+        ),
         fractions=options.fractions,
         seed=options.seed,
         on_bad_line=options.on_bad_line,
@@ -235,10 +243,11 @@ def _nothing_to_train_on(dropped: Mapping[str, int], examples: Sequence[str], *,
     )
 
 
-def _command(inputs: Sequence[Path], tokenizer: Path, options: PrepareOptions) -> str:
+def _command(inputs: Sequence[str | Path | Piece], tokenizer: Path, options: PrepareOptions) -> str:
     """Return the words that decide the bytes; where they went and by how many workers is not among them."""
     words: list[Any] = ["data-tools", "prepare", *inputs, "--tokenizer", tokenizer]
     words += ["--text-key", options.text_key, "--id-key", options.id_key]
     words += ["--split", ",".join(map(str, options.fractions)), "--seed", options.seed]
-    words += ["--on-bad-line", options.on_bad_line.value]
+    words += ["--on-bad-line", options.on_bad_line.value, "--max-document-bytes", options.max_document_bytes]
+    words += ["--metadata", ",".join(options.metadata_keys)] if options.metadata_keys else []
     return " ".join(map(str, words))

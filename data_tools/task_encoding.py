@@ -19,7 +19,7 @@ from xxhash import xxh3_64_intdigest
 
 from data_tools.choices import Backend, BadLinePolicy
 from data_tools.corpus import Corpus
-from data_tools.documents import Document
+from data_tools.documents import Document, Keys
 from data_tools.encoding import Encoder, EncodersDifferError, ReferenceEncoder, build_encoder
 from data_tools.errors import ShardError
 from data_tools.manifest import sync_folder
@@ -44,8 +44,7 @@ class EncodingOptions:
     tokenizer: Path
     eos_token: str | None
     dtype: str
-    text_key: str
-    id_key: str
+    keys: Keys
     fractions: tuple[float, ...]
     seed: int
     on_bad_line: BadLinePolicy
@@ -115,8 +114,7 @@ class TaskEncoder:
             files = stack.enter_context(_TaskFiles(options.folder, task.number))
             corpus = Corpus(
                 pieces=task.pieces,
-                text_key=options.text_key,
-                id_key=options.id_key,
+                keys=options.keys,
                 on_bad_line=options.on_bad_line,
                 quarantine=files.staged("quarantine"),
             )

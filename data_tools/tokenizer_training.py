@@ -39,8 +39,7 @@ def make_tokenizer(
         UsageError: the output holds something else, or the vocabulary is too small.
         InputError: the corpus cannot be read or is empty.
     """
-    files = [piece.file for piece in corpus.pieces]
-    request = {"inputs": input_facts(files), "type": kind.value, "vocabulary_size": vocabulary_size}
+    request = {"inputs": input_facts(corpus.pieces), "type": kind.value, "vocabulary_size": vocabulary_size}
     if _is_made(output, request):
         return load_tokenizer(output), True
     refuse_filled(output)

@@ -18,8 +18,9 @@ from data_tools.choices import BadLinePolicy
 from data_tools.documents import Document
 from data_tools.errors import InputError, WorkerError
 from data_tools.journal import JOURNAL_NAME, Journal
+from data_tools.pieces import Piece
 from data_tools.prepare import PrepareOptions, prepare
-from data_tools.ranges import Piece, plan_tasks
+from data_tools.ranges import plan_tasks
 from data_tools.readers import open_piece
 from tests.data_tools.conftest import TEXT, write_lines
 
@@ -261,7 +262,7 @@ def test_ranges_hold_every_line_once(tmp_path: Path) -> None:
     size = source.stat().st_size
     for step in [1, 7, 100, 997, size - 1, size, size + 1]:
         found = []
-        for task in plan_tasks([source], step) if step > 1 else plan_tasks([source], 50):
+        for task in plan_tasks([Piece(file=source)], step) if step > 1 else plan_tasks([Piece(file=source)], 50):
             for piece in task.pieces:
                 found += list(open_piece(piece).documents())
         assert found == expected
@@ -272,7 +273,7 @@ def test_small_files_share_a_task_and_compressed_ones_do_not(tmp_path: Path) -> 
     sizes = {"a.txt": 30, "b.txt": 30, "c.jsonl": 250, "d.jsonl.gz": 5, "e.txt": 5, "f.txt": 500, "g.txt": 0}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"x" * size)
-    tasks = plan_tasks([tmp_path / name for name in sizes], 100)
+    tasks = plan_tasks([Piece(file=tmp_path / name) for name in sizes], 100)
     names = [" ".join(str(piece).replace(f"{tmp_path}/", "") for piece in task.pieces) for task in tasks]
     assert names == [
         "a.txt b.txt",
