@@ -42,6 +42,12 @@ def build_engine(
         from pretrain.engines.accelerated import AcceleratedEngine
 
         return AcceleratedEngine(config, builder, device)
+    if name == "pipeline":
+        from pretrain.engines.pipeline import PipelineEngine
+
+        return PipelineEngine(
+            config, builder, device, topology=topology, accumulation=accumulation, file_values=file_values
+        )
     from pretrain.engines.zero import ZeroEngine
 
     return ZeroEngine(config, builder, device, topology=topology, accumulation=accumulation, file_values=file_values)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pretrain.checkpoint.fragments import FIRST_MOMENT, MASTER, SECOND_MOMENT
@@ -91,7 +92,7 @@ class ReplicatedState(ZeroState):
 
     def runs(self) -> Iterator[LocalRun]:
         """See ZeroState."""
-        rank, ranks = self._engine.global_rank, self._engine.dp_world_size
+        rank, ranks = dist.get_rank(self._engine.data_parallel_group), self._engine.dp_world_size
         for name, master in self._masters.items():
             share = math.ceil(master.numel() / ranks)
             start = min(rank * share, master.numel())
