@@ -16,6 +16,13 @@ _NOT_HERE = {  # variable -> the values that change nothing
     _PREFIX + "OFFLOAD_OPTIMIZER_DEVICE": ("none",),
     _PREFIX + "OFFLOAD_PARAM_DEVICE": ("none",),
 }
+_NOT_IN_FSDP = {  # the same; weights are grouped by decoder layer, and checkpoints are ours
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "false"),
+    "FSDP_OFFLOAD_PARAMS": ("false",),
+    "FSDP_AUTO_WRAP_POLICY": ("NO_WRAP", "TRANSFORMER_BASED_WRAP"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("false",),
+    "FSDP_IGNORED_MODULES": ("",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +30,10 @@ class AccelerateRequest:
     """The launcher's wish for an engine; an empty one changes nothing."""
 
     uses_deepspeed: bool = False
+    uses_fsdp: bool = False
     config_file: str | None = None
     numbers: Mapping[str, str] = field(default_factory=dict)  # key of the run configuration -> value asked for
-    unsupported: tuple[str, ...] = ()
+    unsupported: Mapping[str, str] = field(default_factory=dict)  # variable = value -> what would be possible
 
     def apply_to(self, config: RunConfig) -> RunConfig:
         """The run configuration with the launcher's engine and DeepSpeed file in it.
@@ -33,24 +41,32 @@ class AccelerateRequest:
         Raises:
             ConfigError: with every contradiction.
         """
-        if not self.uses_deepspeed and not self.unsupported:
+        if not self.engine:
             return config
         problems = list(self._problems(config))
         if problems:
             raise ConfigError(*problems)
-        parallel = config.parallel.model_copy(
-            update={"engine": "zero", "deepspeed_config": self.config_file or config.parallel.deepspeed_config}
-        )
+        file = self.config_file or config.parallel.deepspeed_config
+        changes = {"deepspeed_config": file} if self.uses_deepspeed else {"data_parallel": "shard"}
+        parallel = config.parallel.model_copy(update={"engine": self.engine, **changes})
         return config.model_copy(update={"parallel": parallel})
 
+    @property
+    def engine(self) -> str | None:
+        """The engine asked for; None where the launcher starts processes and no more."""
+        if self.uses_deepspeed:
+            return "zero"
+        return "accelerate" if self.uses_fsdp else None
+
     def _problems(self, config: RunConfig) -> Iterator[Problem]:
-        for name in self.unsupported:
-            yield Problem(f"accelerate launch sets {name}", "DeepSpeed or plain processes", "leave that option out")
-        if config.parallel.engine not in ("auto", "zero"):
+        library, option = ("DeepSpeed", "--use_deepspeed") if self.uses_deepspeed else ("FSDP", "--use_fsdp")
+        for setting, allowed in self.unsupported.items():
+            yield Problem(f"accelerate launch sets {setting}", allowed, "leave that option out, or change it to this")
+        if config.parallel.engine not in ("auto", self.engine):
             yield Problem(
-                f"accelerate launch asks for DeepSpeed, parallel.engine is {config.parallel.engine}",
-                "auto or zero",
-                "set parallel.engine=auto, or launch without --use_deepspeed",
+                f"accelerate launch asks for {library}, parallel.engine is {config.parallel.engine}",
+                f"auto or {self.engine}",
+                f"set parallel.engine=auto, or launch without {option}",
             )
         own = config.parallel.deepspeed_config
         if self.config_file and own and own != self.config_file:
@@ -71,10 +87,10 @@ class AccelerateRequest:
 
 def read_accelerate_request(environment: Mapping[str, str]) -> AccelerateRequest:
     """Read the variables that `accelerate launch` exports; all of them may be absent."""
-    unsupported = ["ACCELERATE_USE_FSDP"] if environment.get("ACCELERATE_USE_FSDP") == "true" else []
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        return _read_fsdp_request(environment)
     if environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        return AccelerateRequest(unsupported=tuple(unsupported))
-    unsupported += [name for name, idle in _NOT_HERE.items() if environment.get(name, idle[0]) not in idle]
+        return AccelerateRequest()
     file = environment.get(_PREFIX + "CONFIG_FILE")
     named = file if file and file != "none" else None
     asked = {
@@ -83,8 +99,36 @@ def read_accelerate_request(environment: Mapping[str, str]) -> AccelerateRequest
         "precision": environment.get("ACCELERATE_MIXED_PRECISION"),
     }
     # with a file, accelerate exports its own defaults beside it (mixed precision "no"): then the file speaks, not they
-    numbers = {} if named else {key: value for key, value in asked.items() if value and value not in ("none", "no")}
-    return AccelerateRequest(uses_deepspeed=True, config_file=named, numbers=numbers, unsupported=tuple(unsupported))
+    numbers = {} if named else _given(asked)
+    return AccelerateRequest(
+        uses_deepspeed=True, config_file=named, numbers=numbers, unsupported=_unsupported(environment, _NOT_HERE)
+    )
+
+
+def _read_fsdp_request(environment: Mapping[str, str]) -> AccelerateRequest:
+    unsupported = dict(_unsupported(environment, _NOT_IN_FSDP))
+    if environment.get("FSDP_VERSION", "1") != "2":
+        unsupported = {"FSDP_VERSION = 1, its default": "FSDP2: add --fsdp_version 2"}  # its other options differ
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        unsupported["ACCELERATE_USE_DEEPSPEED beside ACCELERATE_USE_FSDP"] = "one of them"
+    recomputes = environment.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+    asked = {
+        "precision": environment.get("ACCELERATE_MIXED_PRECISION"),
+        "execution.recomputation": "full" if recomputes else None,
+    }
+    return AccelerateRequest(uses_fsdp=True, numbers=_given(asked), unsupported=unsupported)
+
+
+def _unsupported(environment: Mapping[str, str], idle: Mapping[str, tuple[str, ...]]) -> Mapping[str, str]:
+    return {
+        f"{name} = {environment[name]}": " or ".join(values)
+        for name, values in idle.items()
+        if environment.get(name, values[0]) not in values
+    }
+
+
+def _given(asked: Mapping[str, str | None]) -> Mapping[str, str]:
+    return {key: value for key, value in asked.items() if value and value not in ("none", "no")}
 
 
 def _run_value(config: RunConfig, key: str) -> object:

@@ -99,6 +99,14 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
         return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    # srun sets none of these, and accelerate would take each rank for a process alone
+    for name, value in (
+        ("RANK", place.rank),
+        ("WORLD_SIZE", place.world_size),
+        ("LOCAL_RANK", place.local_rank),
+        ("LOCAL_WORLD_SIZE", place.local_world_size),
+    ):
+        os.environ.setdefault(name, str(value))
     dist.init_process_group(
         # host values (flags, counts) always travel by gloo: agreeing on them never waits for a GPU
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",

@@ -14,6 +14,14 @@ ASKS = {"ACCELERATE_USE_DEEPSPEED": "true"}
 FILE = {**ASKS, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json", "ACCELERATE_MIXED_PRECISION": "no"}
 
 
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
 def run(**parallel: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -38,6 +46,11 @@ def test_deepspeed_chooses_the_engine_and_the_file() -> None:
     assert (parallel.engine, parallel.deepspeed_config) == ("zero", "ds.json")
 
 
+def test_fsdp_chooses_the_engine_and_the_sharding() -> None:
+    parallel = read_accelerate_request(FSDP).apply_to(run()).parallel
+    assert (parallel.engine, parallel.data_parallel) == ("accelerate", "shard")
+
+
 def test_equal_numbers_are_accepted() -> None:
     variables = {**ASKS, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1", "ACCELERATE_GRADIENT_CLIPPING": "1.0"}
     assert read_accelerate_request(variables).apply_to(run(zero_stage=1)).parallel.zero_stage == 1
@@ -52,7 +65,13 @@ def test_equal_numbers_are_accepted() -> None:
         ({**ASKS, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, {}, "OFFLOAD_PARAM_DEVICE"),
         (ASKS, {"engine": "plain"}, "parallel.engine is plain"),
         (FILE, {"deepspeed_config": "other.json"}, "names ds.json"),
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, "ACCELERATE_USE_FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "FSDP_VERSION = 1"),
+        (FSDP, {"engine": "zero"}, "asks for FSDP, parallel.engine is zero"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP_OFFLOAD_PARAMS = true"),
+        ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, "FSDP_AUTO_WRAP_POLICY"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "execution.recomputation = full"),
+        ({**FSDP, "ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "precision = fp16"),
+        ({**FSDP, **ASKS}, {}, "ACCELERATE_USE_DEEPSPEED beside"),
     ],
 )
 def test_contradictions_are_refused(variables: dict[str, str], parallel: dict[str, Any], told: str) -> None:
