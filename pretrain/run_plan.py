@@ -87,6 +87,10 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         tensor=topology.tensor,
         pipeline=topology.pipeline,
         sequence=topology.sequence,
+        expert=parallel.expert,
+        shards_weights=parallel.data_parallel == "shard",
+        offloads_optimizer=parallel.offload_optimizer != "none",
+        offloads_parameters=parallel.offload_parameters != "none",
         buffers=read_buffers(file, parallel.zero_stage),
     )
     step = Step(

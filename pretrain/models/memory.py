@@ -6,12 +6,14 @@ An estimate before launch, from shapes alone: allocator rounding, kernels' work 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from pretrain.models.activations import FP32_BYTES, layer_bytes_per_token, norm_bytes
 from pretrain.models.architecture import Architecture
 from pretrain.models.parameter_count import ParameterCount
+from pretrain.models.pipeline_stages import Stage, partition_layers
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MOMENTS = 2  # of AdamW
@@ -30,18 +32,27 @@ class Buffers:
 class Layout:
     """How the state is shared."""
 
-    engine: str  # plain or zero
+    engine: str
     zero_stage: int
     data: int = 1  # ranks
     tensor: int = 1  # ranks
     pipeline: int = 1  # ranks
     sequence: int = 1  # ranks
+    expert: int = 1  # of the data ranks, those that share the experts
+    shards_weights: bool = False  # accelerate engine: FSDP2 instead of DDP
+    offloads_optimizer: bool = False
+    offloads_parameters: bool = False
     buffers: Buffers = Buffers()
 
     @property
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed's optimizers hold the state."""
+        return self.engine in ("zero", "pipeline")
+
+    @property
     def stage(self) -> int:
-        """The ZeRO stage, 0 where the engine has none."""
-        return self.zero_stage if self.engine == "zero" else 0
+        """The ZeRO stage; 0 where the engine has none."""
+        return self.zero_stage if self.uses_deepspeed else 0
 
     @property
     def shards(self) -> int:
@@ -77,45 +88,89 @@ class MemoryEstimate:
     communication: int  # reduction buckets
     activations: int  # kept for backward
     logits: int  # logits of one loss chunk, and the output head's gradient
+    host: int = 0  # in the host's memory or on its disk instead: what is offloaded
 
     @property
     def total(self) -> int:
-        """All components."""
-        return sum(getattr(self, component.name) for component in fields(self))
+        """All components but the host's."""
+        return int(sum(getattr(self, component.name) for component in fields(self))) - self.host
 
 
 def estimate_memory(shape: Architecture, count: ParameterCount, layout: Layout, step: Step) -> MemoryEstimate:
-    """Add up one rank's bytes.
+    """Add up the bytes of the fullest rank.
 
     State, after ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, sections 3 and 5): per parameter the weight in the
     training precision, its gradient, and in fp32 a master and two moments; cut by the ranks from stage 1 (master and
     moments), 2 (gradients) and 3 (weights) on. Assumes sdpa or flash attention, which keep no T x T matrix, and no
     compilation.
     """
-    parameters = parameters_of_rank(count, shape.layers, tensor=layout.tensor, pipeline=layout.pipeline)
-    shard = -(-parameters // layout.shards)
-    optimizer_share = shard if layout.stage >= 1 else parameters
-    # without ZeRO, fp32 weights are their own masters; DeepSpeed's ZeRO optimizers keep a copy even then
-    has_masters = step.precision != "fp32" or layout.stage > 0
+    stages = partition_layers(shape, layout.pipeline, sequence_length=step.sequence_length, recomputes=step.recomputes)
+    estimates = [_stage_memory(shape, count, stages, place, layout, step) for place in range(layout.pipeline)]
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _stage_memory(
+    shape: Architecture, count: ParameterCount, stages: Sequence[Stage], place: int, layout: Layout, step: Step
+) -> MemoryEstimate:
+    stage = stages[place]
+    shared, experts = _parameters_of_rank(shape, count, stage, layout)
+    parameters = shared + experts
+    # the ranks of one set of experts are fewer, so each holds a larger share of them
+    shard = -(-shared // layout.shards) + -(-experts * layout.expert // layout.shards)
+    optimizer_share = shard if layout.stage >= 1 or layout.shards_weights else parameters
+    # without ZeRO, fp32 weights are their own masters, as FSDP2's sharded ones are; DeepSpeed keeps a copy even then
+    has_masters = layout.stage > 0 if step.precision == "fp32" else not layout.shards_weights
+    weights = _weight_bytes(layout, step, parameters, shard)
+    optimizer = {
+        "master_weights": FP32_BYTES * optimizer_share if has_masters else 0,
+        "moments": MOMENTS * FP32_BYTES * optimizer_share,
+    }
+    gradients = _gradient_bytes(layout, step) * (shard if layout.stage >= 2 or layout.shards_weights else parameters)
+    host = 0
+    if layout.offloads_optimizer:  # the gradients' sums go where the update is computed
+        host += sum(optimizer.values()) + gradients
+        optimizer, gradients = dict.fromkeys(optimizer, 0), 0
+    if layout.offloads_parameters:
+        host += weights
+        weights = 0
     return MemoryEstimate(
-        weights=step.low * (shard if layout.stage == 3 else parameters),
-        gathered_weights=step.low * min(parameters, layout.buffers.max_live_parameters) if layout.stage == 3 else 0,
-        gradients=_gradient_bytes(layout, step) * (shard if layout.stage >= 2 else parameters),
-        master_weights=FP32_BYTES * optimizer_share if has_masters else 0,
-        moments=MOMENTS * FP32_BYTES * optimizer_share,
+        weights=weights,
+        gathered_weights=_gathered_bytes(layout, step, parameters),
+        gradients=gradients,
+        **optimizer,
         communication=_communication_bytes(parameters, layout, step),
-        activations=_activation_bytes(shape, layout, step),
-        logits=_logit_bytes(shape, layout, step),
+        activations=_activation_bytes(shape, stage, place, layout, step),
+        logits=_logit_bytes(shape, layout, step) if stage.is_last else 0,
+        host=host,
     )
 
 
-def parameters_of_rank(count: ParameterCount, layers: int, *, tensor: int, pipeline: int) -> int:
-    """Parameters of the fullest pipeline stage on one tensor rank: norms are whole, matrices and tables are split."""
-    fullest_stage = -(-layers // pipeline)
-    split = (count.attention + count.dense_mlp + count.experts) // tensor
-    in_layers = (split + count.norms + count.routers) * fullest_stage // layers
-    tables = count.embedding + count.head if pipeline == 1 else count.embedding  # the head is the last stage's
-    return in_layers + tables // tensor + count.positions
+def _parameters_of_rank(shape: Architecture, count: ParameterCount, stage: Stage, layout: Layout) -> tuple[int, int]:
+    """Parameters that one rank of a stage computes with, before ZeRO: all but the experts, and the experts.
+
+    Tensor parallelism splits matrices and tables; norms, routers and positions are whole on every rank.
+    """
+    layers = len(stage.layers)
+    final_norm = shape.hidden_size * (2 if shape.norm_bias else 1)
+    matrices = (count.attention + count.dense_mlp) * layers // shape.layers
+    whole = (count.norms - final_norm + count.routers) * layers // shape.layers
+    whole += (count.positions if stage.is_first else 0) + (final_norm if stage.is_last else 0)
+    head = count.head or (0 if stage.is_first else count.embedding)  # a tied table lies on both sides of a pipeline
+    tables = (count.embedding if stage.is_first else 0) + (head if stage.is_last else 0)
+    experts = count.experts * layers // shape.layers // (layout.tensor * layout.expert)
+    return (matrices + tables) // layout.tensor + whole, experts
+
+
+def _weight_bytes(layout: Layout, step: Step, parameters: int, shard: int) -> int:
+    if layout.shards_weights:
+        return FP32_BYTES * shard  # FSDP2 keeps fp32 shards and rounds what it gathers
+    return step.low * (shard if layout.stage == 3 else parameters)
+
+
+def _gathered_bytes(layout: Layout, step: Step, parameters: int) -> int:
+    if layout.stage != 3 and not layout.shards_weights:
+        return 0
+    return step.low * min(parameters, layout.buffers.max_live_parameters)
 
 
 def _gradient_bytes(layout: Layout, step: Step) -> int:
@@ -123,8 +178,10 @@ def _gradient_bytes(layout: Layout, step: Step) -> int:
 
     DeepSpeed's stage 1 keeps both: the sums, and the last micro-batch's bf16 gradient until the next backward.
     """
-    if layout.engine == "zero" and layout.stage == 0:
+    if layout.uses_deepspeed and layout.stage == 0:
         return step.low
+    if layout.shards_weights:
+        return FP32_BYTES
     if step.precision == "bf16":
         return FP32_BYTES + (step.low if layout.stage == 1 else 0)
     return step.low
@@ -136,7 +193,7 @@ def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
     Stage 0, and stage 1 in bf16, reduce after backward instead, in pieces of at most a bucket.
     """
     bucket = layout.buffers.reduce_bucket_size
-    if layout.engine != "zero":
+    if not layout.uses_deepspeed:
         return 0
     if layout.stage == 0 or (layout.stage == 1 and step.precision == "bf16"):
         return min(parameters, bucket) * (FP32_BYTES if layout.stage else step.low) if layout.shards > 1 else 0
@@ -144,18 +201,19 @@ def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
     return bucket * step.low * (2 if doubled else 1)
 
 
-def _activation_bytes(shape: Architecture, layout: Layout, step: Step) -> int:
+def _activation_bytes(shape: Architecture, stage: Stage, place: int, layout: Layout, step: Step) -> int:
     """Kept for backward by all micro-batches in flight.
 
-    Full recomputation keeps every layer's input and one layer whole. The first pipeline stage holds as many
-    micro-batches as there are stages (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3).
+    Full recomputation keeps every layer's input and one layer whole. Stage p of n holds as many micro-batches as there
+    are stages from it to the end (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3).
     """
     tokens = step.micro_batch_size * step.sequence_length // layout.sequence
-    layers = -(-shape.layers // layout.pipeline)
+    layers = len(stage.layers)
     layer = layer_bytes_per_token(shape, low=step.low, tensor=layout.tensor)
     inputs = shape.hidden_size * step.low
     kept = layers * inputs + layer if step.recomputes else layers * layer
-    return tokens * (kept * layout.pipeline + norm_bytes(shape, shape.hidden_size, low=step.low))
+    final_norm = norm_bytes(shape, shape.hidden_size, low=step.low) if stage.is_last else 0
+    return tokens * (kept * (layout.pipeline - place) + final_norm)
 
 
 def _logit_bytes(shape: Architecture, layout: Layout, step: Step) -> int:
