@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_tools.choices import Backend, BadLinePolicy, PackMethod, Split, TokenFormat, TokenizerType
+from data_tools.choices import (
+    LONGEST_DOCUMENT_BYTES,
+    Backend,
+    BadLinePolicy,
+    PackMethod,
+    Split,
+    TokenFormat,
+    TokenizerType,
+)
 from data_tools.errors import DataToolsError, ShardError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +38,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Inputs = Annotated[list[Path], typer.Argument(help="Files (.jsonl, .jsonl.gz, .txt) or folders of them.")]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files (.txt .jsonl .json .csv .tsv .parquet .arrow; text also .gz .zst), folders, 'patterns', "
+        "folders of the datasets library, hf:NAME[:SPLIT], or - for standard input."
+    ),
+]
+StdinSuffix = Annotated[str, typer.Option(help="What standard input (-) would end in as a file.")]
+MaxDocumentBytes = Annotated[int, typer.Option(min=1, help="A longer record is a bad one; memory grows with it.")]
 Output = Annotated[Path, typer.Option(help="Folder to make; it appears when it is complete.")]
 Dataset = Annotated[Path, typer.Argument(help="A dataset folder, or one split of it.")]
 TextKey = Annotated[str, typer.Option(help="Key of the text in a JSON line.")]
@@ -76,6 +92,9 @@ def prepare(
     backend: Annotated[Backend, typer.Option(help="Library that encodes; the tokens are the same.")] = Backend.AUTO,
     on_bad_line: BadLine = BadLinePolicy.FAIL,
     eos_token: Annotated[str | None, typer.Option(help="End of document; default: the tokenizer's own.")] = None,
+    metadata: Annotated[str, typer.Option(help="Keys to keep beside the tokens: KEY[,KEY...].")] = "",
+    max_document_bytes: MaxDocumentBytes = LONGEST_DOCUMENT_BYTES,
+    stdin_suffix: StdinSuffix = ".jsonl",
 ) -> None:
     """Encode text into token shards, split into train, validation and test; run again, it goes on where it stopped."""
     _use_threads(workers)
@@ -83,6 +102,7 @@ def prepare(
     from data_tools.prepare import PrepareOptions, parse_fractions
     from data_tools.prepare import prepare as prepare_dataset
     from data_tools.progress import EncodingProgress
+    from data_tools.standard_input import with_standard_input
 
     options = PrepareOptions(
         text_key=text_key,
@@ -91,12 +111,14 @@ def prepare(
         seed=seed,
         on_bad_line=on_bad_line,
         eos_token=eos_token,
+        metadata_keys=tuple(key for key in metadata.split(",") if key),
+        max_document_bytes=max_document_bytes,
     )
     workers = workers or len(os.sched_getaffinity(0))
     began = time.monotonic()
-    with EncodingProgress() as progress:
+    with with_standard_input(inputs, sys.stdin.buffer, output, stdin_suffix) as files, EncodingProgress() as progress:
         prepared = prepare_dataset(
-            inputs, tokenizer, output, options, workers=workers, backend=backend, progress=progress
+            files, tokenizer, output, options, workers=workers, backend=backend, progress=progress
         )
     _say_if_reused(output, prepared.reused)
     _say_what_was_made(prepared.manifests)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+# One document is encoded at once, and the tokenizers library takes about a hundred times its size.
+LONGEST_DOCUMENT_BYTES = 1 << 24
+
 
 class TokenizerType(str, Enum):
     """The kinds of tokenizer that can be trained."""

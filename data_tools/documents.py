@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import orjson
 
-# One document is encoded at once, and the tokenizers library takes about a hundred times its size.
-LONGEST_DOCUMENT_BYTES = 1 << 24
+from data_tools.choices import LONGEST_DOCUMENT_BYTES
+
 KEPT_BYTES = 1 << 12  # of a record that is too long: its beginning
 
 Unit = Literal["bytes", "rows"]  # of positions: in the uncompressed file, or in a table

@@ -21,6 +21,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "athanor-token-shards"
 VERSION = 1
 EOS_POLICY = "one EOS after every document"
+METADATA_SUFFIX = "metadata.jsonl"  # line n is of document n of the shard
 ITEM_BYTES = {"uint16": 2, "int32": 4}
 
 Kind = Literal["documents", "packed"]
@@ -61,7 +62,7 @@ class SourceRange:
     file: str
     start: int
     stop: int
-    unit: Literal["bytes", "tokens"] = "bytes"  # bytes of the uncompressed text, or tokens of a dataset
+    unit: Literal["bytes", "rows", "tokens"] = "bytes"  # of the uncompressed text, of a table, or of a dataset
 
     def __str__(self) -> str:
         return f"{self.file} {self.unit} {self.start}-{self.stop}"
@@ -69,7 +70,7 @@ class SourceRange:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """One shard: `files` maps bin, idx and (packed only) bnd to their records."""
+    """One shard: `files` maps bin, idx, (packed only) bnd and (if kept) metadata.jsonl to their records."""
 
     name: str
     tokens: int  # in the .bin, padding included
@@ -202,7 +203,7 @@ def _check_contents(manifest: Manifest, path: Path) -> None:
     for shard in manifest.shards:
         if not _SAFE_NAME.fullmatch(shard.name):
             raise _damaged(path, f"names the shard {shard.name!r}, a path that leaves the folder or is not plain")
-        if set(shard.files) != suffixes:
+        if set(shard.files) - {METADATA_SUFFIX} != suffixes:
             raise _damaged(path, f"lists {sorted(shard.files)} for {shard.name}, not {sorted(suffixes)}")
 
 

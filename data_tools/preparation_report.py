@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 
+from data_tools.duplicate_ids import DuplicateIds
 from data_tools.task_encoding import HISTOGRAM_BINS, SPLITS, TaskResult
 
 REPORT_NAME = "preparation.json"
 _MOST_FALLBACKS = 20
 
 
-def write_report(folder: Path, results: Sequence[TaskResult]) -> None:
+def write_report(folder: Path, results: Sequence[TaskResult], duplicates: DuplicateIds) -> None:
     """Write documents, tokens, bytes and lengths by split, and which library encoded, where it had to be replaced."""
     fallbacks = [result.fallback for result in results if result.fallback is not None]
     splits = {
@@ -42,6 +44,7 @@ def write_report(folder: Path, results: Sequence[TaskResult]) -> None:
         "documents_checked": sum(result.checked for result in results),
         "fallbacks": len(fallbacks),
         "fallback_examples": fallbacks[:_MOST_FALLBACKS],
+        "duplicate_ids": asdict(duplicates),
     }
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     (folder / REPORT_NAME).write_text(text, encoding="utf-8")
@@ -53,12 +56,17 @@ def show_report(folder: Path, seconds: float) -> None:
     encoded = ", ".join(f"{count:,} tasks with {name}" for name, count in report["tasks_by_backend"].items())
     checked = f", {report['documents_checked']:,} documents by both" if report["documents_checked"] else ""
     fallbacks = f"; tokenizers had to replace gigatoken in {report['fallbacks']:,}" if report["fallbacks"] else ""
+    duplicates = report["duplicate_ids"]
+    repeated = ""
+    if duplicates["documents"]:
+        places = "; ".join(duplicates["examples"][:2])
+        repeated = f"\n{duplicates['documents']:,} documents have the id of an earlier one, such as {places}"
     total = sum(numbers["tokens"] for numbers in report["splits"].values())
     Console(soft_wrap=True).print(
         Group(
             _split_table(report["splits"]),
             _length_table(report["splits"]),
-            f"encoded {encoded}{checked}{fallbacks}",
+            f"encoded {encoded}{checked}{fallbacks}{repeated}",
             f"{total:,} tokens in {seconds:.1f} s: {total / max(seconds, 1e-9) / 1e6:.2f} M a second",
         ),
         highlight=False,

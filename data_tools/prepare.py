@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
-from data_tools.choices import Backend, BadLinePolicy
+from data_tools.choices import LONGEST_DOCUMENT_BYTES, Backend, BadLinePolicy
 from data_tools.corpus import input_facts
-from data_tools.documents import LONGEST_DOCUMENT_BYTES, Keys
+from data_tools.documents import Keys
 from data_tools.dropped_records import count_dropped, gather_quarantine
+from data_tools.duplicate_ids import find_duplicate_ids
 from data_tools.errors import InputError, UsageError
 from data_tools.input_files import find_inputs
 from data_tools.journal import Journal
@@ -144,7 +145,7 @@ def prepare(
         gather_quarantine(tasks, results, work, staging / "quarantine.jsonl")
         shutil.rmtree(staging / "tokenizer", ignore_errors=True)  # of a run that was stopped here
         loaded.copy_to(staging / "tokenizer")
-        write_report(staging, results)
+        write_report(staging, results, find_duplicate_ids(tasks, work))
         shutil.rmtree(work)
         return made
 
@@ -213,6 +214,7 @@ def _assemble(
             draft=draft,
             shard_tokens=shard_tokens,
             counts=counts if number == 0 else None,
+            has_metadata=bool(draft.request["options"]["metadata_keys"]),
         )
         shards[SPLITS[number]] = tuple(assembly.run(tasks, results, journal))
     manifests = {}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.journal import Journal
-from data_tools.manifest import FileRecord, Manifest, ShardRecord, SourceRange, sync_folder
+from data_tools.manifest import METADATA_SUFFIX, FileRecord, Manifest, ShardRecord, SourceRange, sync_folder
+from data_tools.pieces import Piece
 from data_tools.ranges import Task
 from data_tools.shard_index import index_bytes
 from data_tools.shard_writer import HashedFile, write_hashed
-from data_tools.task_encoding import DOCUMENT, SPLITS, TaskResult, task_file
+from data_tools.task_encoding import DOCUMENT, SPLITS, TaskResult, metadata_kind, task_file
 
 _BLOCK_TOKENS = 1 << 20
 _BLOCK_DOCUMENTS = 1 << 17
@@ -36,6 +39,7 @@ class SplitAssembly:
     draft: Manifest
     shard_tokens: int
     counts: NDArray[np.int64] | None = None
+    has_metadata: bool = False  # a line of JSON a document is put beside the tokens
 
     def run(self, tasks: Sequence[Task], results: Sequence[TaskResult], journal: Journal) -> list[ShardRecord]:
         """Write the shards that are missing, remove the tasks' tokens that are in them, and return all records.
@@ -52,26 +56,30 @@ class SplitAssembly:
                 path = task_file(self.parts, task.number, SPLITS[self.split])
                 if result.documents[self.split] <= skip:
                     skip -= result.documents[self.split]
-                    path.unlink(missing_ok=True)
+                    self._forget(path, task)
                     continue
-                with path.open("rb") as tokens:
+                with path.open("rb") as tokens, self._metadata(task) as metadata:
                     for documents in self._documents(task):
                         skipped, skip = documents[:skip], max(0, skip - len(documents))
                         tokens.seek(_total(skipped) * np.dtype(self.draft.dtype).itemsize, 1)
+                        for _ in islice(metadata, len(skipped)):
+                            pass
                         left = documents[len(skipped) :]
                         while len(left):
                             shard = shard or _Shard(self.folder, f"shard-{len(records):05d}", self)
-                            left = left[shard.append(tokens, left, task) :]
+                            taken = shard.append(tokens, left, task)
+                            shard.append_metadata(islice(metadata, taken))
+                            left = left[taken:]
                             if shard.tokens >= self.shard_tokens:
                                 records.append(self._publish(shard, journal, done))
                                 shard = None
-                done.append(path)
+                done += [path, self._metadata_file(task)]
             if shard is not None:
                 records.append(self._publish(shard, journal, done))
                 shard = None
         finally:
             if shard is not None:
-                shard.bin.discard()
+                shard.discard()
         return records
 
     def _documents(self, task: Task) -> Iterator[NDArray[np.void]]:
@@ -79,6 +87,17 @@ class SplitAssembly:
         with task_file(self.parts, task.number, "documents").open("rb") as file:
             while len(block := np.frombuffer(file.read(DOCUMENT.itemsize * _BLOCK_DOCUMENTS), DOCUMENT)):
                 yield block[block["split"] == self.split]
+
+    def _metadata_file(self, task: Task) -> Path:
+        return task_file(self.parts, task.number, metadata_kind(self.split))
+
+    def _metadata(self, task: Task) -> AbstractContextManager[Iterable[bytes]]:
+        """Return the open lines of metadata of a task; there are none unless they were asked for."""
+        return self._metadata_file(task).open("rb") if self.has_metadata else nullcontext(())
+
+    def _forget(self, tokens: Path, task: Task) -> None:
+        tokens.unlink(missing_ok=True)
+        self._metadata_file(task).unlink(missing_ok=True)
 
     def _finished(self, journal: Journal) -> list[ShardRecord]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +118,7 @@ class SplitAssembly:
         sync_folder(self.folder)
         journal.append({"split": self.split, "shard": asdict(record)})
         for path in done:
-            path.unlink()
+            path.unlink(missing_ok=True)
         done.clear()
         return record
 
@@ -120,6 +139,7 @@ class _Shard:
         self.lengths = array("i")
         self.sources: list[SourceRange] = []
         self.bin = HashedFile(folder / f"{name}.bin")
+        self.metadata = HashedFile(folder / f"{name}.{METADATA_SUFFIX}") if assembly.has_metadata else None
 
     def append(self, tokens: BinaryIO, documents: NDArray[np.void], task: Task) -> int:
         """Take documents until the shard is full, and return how many."""
@@ -139,22 +159,36 @@ class _Shard:
         borders = [0, *(np.flatnonzero(np.diff(documents["piece"])) + 1).tolist(), taken]
         for first, last in zip(borders[:-1], borders[1:], strict=True):
             piece = task.pieces[documents["piece"][first]]
-            self._add_source(str(piece.file), int(documents["start"][first]), int(documents["stop"][last - 1]))
+            self._add_source(piece, int(documents["start"][first]), int(documents["stop"][last - 1]))
         return taken
+
+    def append_metadata(self, lines: Iterable[bytes]) -> None:
+        """Take the metadata of the documents that were taken."""
+        for line in lines:
+            assert self.metadata is not None
+            self.metadata.write(line)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self.bin.discard()
+        if self.metadata is not None:
+            self.metadata.discard()
 
     def publish(self) -> ShardRecord:
         files = {"bin": self.bin.publish()}
         files["idx"] = write_hashed(self.folder / f"{self.name}.idx", index_bytes(self.lengths, self.dtype))
+        if self.metadata is not None:
+            files[METADATA_SUFFIX] = self.metadata.publish()
         return ShardRecord(
             name=self.name, tokens=self.tokens, documents=len(self.lengths), files=files, sources=tuple(self.sources)
         )
 
-    def _add_source(self, file: str, start: int, stop: int) -> None:
+    def _add_source(self, piece: Piece, start: int, stop: int) -> None:
         last = self.sources[-1] if self.sources else None
-        if last is not None and last.file == file and last.start <= start:
+        if last is not None and last.file == piece.shown and last.start <= start:
             self.sources[-1] = replace(last, stop=max(last.stop, stop))
         else:
-            self.sources.append(SourceRange(file=file, start=start, stop=stop))
+            self.sources.append(SourceRange(file=piece.shown, start=start, stop=stop, unit=piece.unit))
 
 
 def _record(plain: Mapping[str, Any]) -> ShardRecord:

@@ -33,6 +33,8 @@ HISTOGRAM_BINS = 32  # bin n holds lengths below 2 ** n that no earlier bin hold
 DOCUMENT = np.dtype(
     [("length", "<i4"), ("split", "<u1"), ("piece", "<u4"), ("start", "<i8"), ("stop", "<i8")]
 )  # one record a document; length in tokens, start and stop in bytes of the uncompressed file
+ID_HASH = np.dtype("<u8")  # of the id of every document
+NO_ID = np.uint64(0)
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +82,13 @@ def split_number(text: bytes, fractions: Sequence[float], seed: int) -> int:
 
 
 def task_file(folder: Path, task: int, kind: str) -> Path:
-    """Return the path of a file of a task: kind is a split, "documents" or "quarantine"."""
+    """Return the path of a file of a task: kind is a split, its metadata, "documents", "ids" or "quarantine"."""
     return folder / f"task-{task:07d}.{kind}"
+
+
+def metadata_kind(split: int) -> str:
+    """Return the kind of the file that holds a line of JSON for every document of a split, if any are kept."""
+    return f"{SPLITS[split]}-metadata"
 
 
 class TaskEncoder:
@@ -125,9 +132,14 @@ class TaskEncoder:
                 records = _records(batch, lengths, options, result)
                 _add(result, records)
                 files.write("documents", records)
+                files.write("ids", _id_hashes(batch))
                 for number in np.unique(records["split"]).tolist():
                     is_here = np.repeat(records["split"] == number, lengths)
                     files.write(SPLITS[number], ids[is_here].astype(options.dtype))
+                    if options.keys.metadata:
+                        of_split = np.flatnonzero(records["split"] == number).tolist()
+                        lines = b"".join(batch[place][1].metadata for place in of_split)
+                        files.write(metadata_kind(number), np.frombuffer(lines, np.uint8))
                 on_progress(corpus.disk_bytes - disk_bytes, len(ids))
                 disk_bytes = corpus.disk_bytes
             on_progress(task.disk_bytes - disk_bytes, 0)
@@ -156,7 +168,8 @@ class _TaskFiles:
                 file.close()
             except OSError as error:  # closing flushes: it fails again on a full disk, and the file goes all the same
                 logger.debug("%s", error)
-        for kind in (*SPLITS, "documents", "quarantine"):
+        kept_beside = [metadata_kind(number) for number in range(len(SPLITS))]
+        for kind in (*SPLITS, *kept_beside, "documents", "ids", "quarantine"):
             self.staged(kind).unlink(missing_ok=True)
 
     def staged(self, kind: str) -> Path:
@@ -210,6 +223,11 @@ def _records(
         result.text_bytes[split] += len(text)
         rows.append((length, split, piece, document.start, document.stop))
     return np.array(rows, DOCUMENT)
+
+
+def _id_hashes(batch: Sequence[tuple[int, Document]]) -> NDArray[np.uint64]:
+    names = (document.identifier for _, document in batch)
+    return np.array([NO_ID if name is None else xxh3_64_intdigest(name) for name in names], ID_HASH)
 
 
 def _add(result: TaskResult, records: NDArray[np.void]) -> None:
