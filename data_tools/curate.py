@@ -1,0 +1,139 @@
+"""From a recipe to cleaned documents with a report: plans, runs the stages, publishes; a stopped run goes on.
+
+The parts do the work (curation/); this file owns their order, and what an unchanged rerun need not do again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128_hexdigest
+
+from data_tools.corpus import input_facts
+from data_tools.curation.finish import Ending, finish
+from data_tools.curation.recipe import Decontamination, Recipe
+from data_tools.curation.stages import Stage, StagePlan
+from data_tools.curation.workplace import finished_result, own_work_folder
+from data_tools.errors import UsageError
+from data_tools.input_files import find_inputs
+from data_tools.pieces import Piece
+from data_tools.ranges import Task, plan_tasks
+
+TASK_BYTES = 1 << 26
+VERSION = 1  # of what the steps do: a change here makes earlier work and results another job's
+_PACKAGES = ("datatrove", "ftfy", "py3langid", "regex")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curation:
+    """A recipe with its files found and its work cut in tasks."""
+
+    recipe: Recipe
+    output: Path
+    tasks: Sequence[Task]
+    evaluation: dict[int, list[Piece]]
+    facts: dict[str, Any]  # what decides the documents: recipe, inputs, versions
+
+    @property
+    def job(self) -> str:
+        """The name of this very work."""
+        return xxh3_128_hexdigest(json.dumps(self.facts, sort_keys=True).encode())
+
+    def ending(self, work: Path) -> Ending:
+        """Return what is needed to publish what the stages have left in a work folder."""
+        return Ending(
+            recipe=self.recipe, tasks=self.tasks, facts=self.facts, job=self.job, output=self.output, work=work
+        )
+
+    def stages(self, work: Path) -> list[Stage]:
+        """Return what is to be run in a work folder, in order."""
+        plan = StagePlan(recipe=self.recipe, tasks=self.tasks, evaluation=self.evaluation, work=work)
+        return plan.build()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curated:
+    """The numbers of curation.json; `reused` when an earlier run had made the output already."""
+
+    numbers: dict[str, Any]
+    reused: bool = False
+
+
+def plan_curation(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Path | None = None) -> Curation:
+    """Find the files of a recipe and cut them in tasks; what is given here comes before what the recipe says.
+
+    Raises:
+        UsageError: neither says what to read, or where to write.
+        InputError: an input is missing or unusable.
+    """
+    paths = list(inputs) or list(recipe.inputs.paths)
+    place = output or (Path(recipe.output) if recipe.output else None)
+    if not paths or place is None:
+        missing = " and ".join(["no inputs"] * (not paths) + ["no output"] * (place is None))
+        raise UsageError(
+            f"the recipe {recipe.name} names {missing}",
+            "inputs.paths and output in the recipe, or --input and --output",
+            "add them to either",
+        )
+    files = find_inputs(paths)
+    evaluation = {
+        number: find_inputs(step.texts)
+        for number, step in enumerate(recipe.steps)
+        if isinstance(step, Decontamination)
+    }
+    facts = {
+        "version": VERSION,
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "recipe": recipe.decisive(),
+        "inputs": input_facts(files),
+        "evaluation": {str(number): input_facts(pieces) for number, pieces in evaluation.items()},
+    }
+    tasks = cut(files, recipe.tasks)
+    return Curation(recipe=recipe, output=place, tasks=tasks, evaluation=evaluation, facts=facts)
+
+
+def cut(files: Sequence[Piece], wanted: int | None) -> list[Task]:
+    """Cut files in about as many tasks as wanted; files that cannot be cut stay whole."""
+    if wanted is None:
+        return plan_tasks(files, TASK_BYTES)
+    total = sum(file.disk_bytes for file in files)
+    return [replace(task, number=number) for number, task in enumerate(plan_tasks(files, max(1, -(-total // wanted))))]
+
+
+def curate(
+    recipe: Recipe,
+    inputs: Sequence[str | Path] = (),
+    output: Path | None = None,
+    *,
+    workers: int = 1,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Curated:
+    """Clean documents as a recipe says, on this machine; the output appears when it is complete.
+
+    It depends on recipe and inputs alone; a run that was stopped is continued by the same call. Processes are spawned:
+    a script that calls this guards its own start with `if __name__ == "__main__"`.
+
+    Raises:
+        UsageError: the output holds something else, or a step cannot be had.
+        InputError: a bad record under the policy fail, or a damaged file.
+        StorageError: another run is writing the output.
+        WorkerError: a process died.
+    """
+    from data_tools.curation.local import run_stages
+
+    curation = plan_curation(recipe, inputs, output)
+    numbers = finished_result(curation.output, curation.job)
+    if numbers is not None:
+        return Curated(numbers=numbers, reused=True)
+    with own_work_folder(curation.output, curation.job) as work:
+        stages = curation.stages(work)
+        run_stages(stages, work / "logs", workers, on_progress)
+        numbers = finish(curation.ending(work))
+        shutil.rmtree(work)
+    return Curated(numbers=numbers)
