@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pretrain.config import RunConfig
 from pretrain.errors import ConfigError
+from pretrain.models.pipeline_stages import bubble_fraction, stages_of_rank
 from pretrain.run_plan import RunPlan, load_and_plan
 
 GIB = 2**30
@@ -39,6 +40,8 @@ def print_check(path: Path, overrides: Sequence[str], *, world_size: int, as_jso
         return
     console = Console()
     console.print(_facts_table(config, plan))
+    if len(plan.stages) > 1:
+        console.print(_stages_table(config, plan))
     console.print(_memory_table(plan))
     if world_size <= LARGEST_GRID:
         console.print(plan.topology.grid(), highlight=False)
@@ -76,6 +79,14 @@ def plan_values(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
             "training_with_recomputation": flops.training_with_recomputation,
         },
         "total_training_flops": flops.training * batch.total_tokens,
+        "pipeline_stages": [
+            {
+                "layers": [stage.layers.start, stage.layers.stop],  # the second is the first of the next stage
+                "parameters": stage.parameters,
+                "forward_flops_per_token": stage.forward_flops,
+            }
+            for stage in plan.stages
+        ],
         "memory_per_rank_bytes": {**dataclasses.asdict(memory), "total": memory.total},
         "warnings": list(plan.warnings),
     }
@@ -91,7 +102,7 @@ def _facts_table(config: RunConfig, plan: RunPlan) -> Table:
 def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
     batch, topology, flops = plan.batch, plan.topology, plan.flops
     yield "run", str(config.folder)
-    stage = f", ZeRO stage {config.parallel.zero_stage}" if plan.engine == "zero" else ""
+    stage = f", ZeRO stage {config.parallel.zero_stage}" if plan.engine in ("zero", "pipeline") else ""
     yield "engine", f"{plan.engine}{stage}, {config.precision}, recomputation {config.execution.recomputation}"
     yield (
         "layout",
@@ -114,6 +125,25 @@ def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
         + (f" (+ {flops.layers_forward:,} recomputed)" if config.execution.recomputation == "full" else ""),
     )
     yield "FLOPs of the run", f"{flops.training * batch.total_tokens:.3g}"
+    if config.parallel.pipeline > 1 and config.parallel.pipeline_schedule == "1f1b":
+        waiting = bubble_fraction(config.parallel.pipeline, batch.accumulation)
+        yield "bubble", f"{waiting:.1%} of a step, in which a pipeline stage waits"
+
+
+def _stages_table(config: RunConfig, plan: RunPlan) -> Table:
+    """What each stage computes; ranks are counted along the pipeline, FLOPs for one token."""
+    table = Table()
+    for name in ("stage", "rank", "layers", "also", "parameters", "forward FLOPs"):
+        table.add_column(name)
+    rank_of = {
+        number: rank for rank in range(config.parallel.pipeline) for number in stages_of_rank(config.parallel, rank)
+    }
+    for number, stage in enumerate(plan.stages):
+        also = [name for name, here in (("embedding", stage.is_first), ("norm, head", stage.is_last)) if here]
+        layers = f"{stage.layers.start} to {stage.layers.stop - 1}"
+        numbers = (f"{stage.parameters:,}", f"{stage.forward_flops:.4g}")
+        table.add_row(str(number), str(rank_of[number]), layers, ", ".join(also), *numbers)
+    return table
 
 
 def _memory_table(plan: RunPlan) -> Table:

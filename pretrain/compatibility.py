@@ -106,7 +106,6 @@ LAYOUT_FEATURES: tuple[Feature, ...] = (
     "several processes",
 )
 
-_ENGINES = "auto, plain or zero"
 _ONE = "1 (not in this version)"
 _NO_SHARDING = Refusal(
     reason="the plain engine keeps the whole state in one process and would ignore the stage",
@@ -133,22 +132,57 @@ _SHARDED_BY_FSDP = Refusal(
     allowed="replicate",
     change="set parallel.engine=accelerate, or parallel.zero_stage=3 with parallel.data_parallel=replicate",
 )
+_NOT_THE_PIPELINE_ENGINE = Refusal(
+    reason="stages are the pipeline engine's",
+    allowed="auto or pipeline",
+    change="set parallel.engine=auto, or parallel.pipeline=1",
+)
+_GRADIENTS_STAY_WHOLE = Refusal(
+    reason="a stage adds up the gradients of all its micro-batches before it reduces them, so they cannot be cut",
+    allowed="stages 0, 1",
+    change="set parallel.zero_stage=1, or parallel.pipeline=1",
+)
+_NO_OFFLOAD_IN_A_PIPELINE = Refusal(
+    reason="not shown to give the right numbers",
+    allowed="none",
+    change="set parallel.offload_optimizer=none and parallel.offload_parameters=none: more stages make room as well",
+)
+
+# What has a feature has the other one too, and with it what the table refuses to that one.
+IMPLIED: Mapping[Feature, Feature] = {
+    "engine pipeline": "pipeline parallelism",
+    "DualPipeV": "pipeline parallelism",
+}
 
 # The table. A feature paired with itself is refused altogether.
 REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
-    ("engine pipeline", "engine pipeline"): Refusal(
-        reason="not in this version", allowed=_ENGINES, change="set parallel.engine=auto"
-    ),
     ("tensor parallelism", "tensor parallelism"): Refusal(
         reason="not in this version",
         allowed=_ONE,
         change="set parallel.tensor=1; parallel.zero_stage=3 shares a large model",
     ),
-    ("pipeline parallelism", "pipeline parallelism"): Refusal(
-        reason="not in this version",
-        allowed=_ONE,
-        change="set parallel.pipeline=1; parallel.zero_stage=3 shares a large model",
+    ("pipeline parallelism", "engine plain"): _NOT_THE_PIPELINE_ENGINE,
+    ("pipeline parallelism", "engine zero"): _NOT_THE_PIPELINE_ENGINE,
+    ("pipeline parallelism", "ZeRO stage 2"): _GRADIENTS_STAY_WHOLE,
+    ("pipeline parallelism", "ZeRO stage 3"): _GRADIENTS_STAY_WHOLE,
+    ("pipeline parallelism", "precision fp16"): Refusal(
+        reason="gradients would travel between stages in fp16, where small ones vanish and large ones overflow",
+        allowed="fp32, bf16",
+        change="set precision=bf16, or parallel.pipeline=1",
     ),
+    ("pipeline parallelism", "sequence parallelism"): Refusal(
+        reason="stages pass whole rows on, sequence ranks hold pieces of them",
+        allowed="one of the two",
+        change="set parallel.sequence=1 (execution.recomputation=full makes room for long rows), or "
+        "parallel.pipeline=1 with parallel.zero_stage=3",
+    ),
+    ("pipeline parallelism", "expert parallelism"): Refusal(
+        reason="the losses of routers would have to travel between stages",
+        allowed="one of the two",
+        change="set parallel.pipeline=1",
+    ),
+    ("pipeline parallelism", "optimizer offload"): _NO_OFFLOAD_IN_A_PIPELINE,
+    ("pipeline parallelism", "parameter offload"): _NO_OFFLOAD_IN_A_PIPELINE,
     ("sequence parallelism", "sequence parallelism"): Refusal(
         reason="not in this version",
         allowed=_ONE,
@@ -156,9 +190,6 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ),
     ("expert parallelism", "expert parallelism"): Refusal(
         reason="not in this version", allowed=_ONE, change="set parallel.expert=1"
-    ),
-    ("DualPipeV", "DualPipeV"): Refusal(
-        reason="not in this version", allowed="1f1b", change="set parallel.pipeline_schedule=1f1b"
     ),
     ("engine accelerate", "ZeRO stage 0"): _NO_ZERO_STAGE,
     ("engine accelerate", "ZeRO stage 2"): _NO_ZERO_STAGE,
@@ -264,8 +295,10 @@ def describe_pair(pair: tuple[Feature, Feature]) -> str:
 
 
 def refusal_of(first: Feature, second: Feature) -> Refusal | None:
-    """What the table says of two features, in either order; None where they work together."""
-    return REFUSED.get((first, second)) or REFUSED.get((second, first))
+    """What the table says of two features or what they imply, in either order; None where they work together."""
+    pairs = [(one, other) for one in (first, IMPLIED.get(first)) for other in (second, IMPLIED.get(second))]
+    pairs += [(other, one) for one, other in pairs]
+    return next((refusal for pair, refusal in REFUSED.items() if pair in pairs), None)
 
 
 def table_rows() -> Iterator[tuple[Feature, Feature, Refusal | None]]:

@@ -14,11 +14,13 @@ from pretrain.batch_plan import BatchPlan, build_batch_plan
 from pretrain.compatibility import choose_engine, find_conflicts
 from pretrain.config import RunConfig, load_config
 from pretrain.engines.deepspeed_config import ownership_problems, read_deepspeed_file
+from pretrain.engines.pipeline_settings import pipeline_file_problems
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.architecture import Architecture, UnknownFamily, resolve_architecture
 from pretrain.models.flops import TokenFlops, count_flops
 from pretrain.models.memory import Buffers, Layout, MemoryEstimate, Step, estimate_memory
 from pretrain.models.parameter_count import ParameterCount, count_parameters
+from pretrain.models.pipeline_stages import Stage, partition_run, pipeline_problems, pipeline_warnings
 from pretrain.topology import Topology, build_topology
 
 Result = TypeVar("Result")
@@ -35,6 +37,7 @@ class RunPlan:
     parameters: ParameterCount
     flops: TokenFlops
     memory: MemoryEstimate
+    stages: tuple[Stage, ...]  # of the pipeline; one where there is none
     warnings: tuple[str, ...]
 
 
@@ -77,9 +80,12 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     batch = _attempt(problems, lambda: build_batch_plan(config.batch, config.schedule, data_parallel_size))
     model = _attempt(problems, lambda: _shape_and_count(config, warnings))
     file = _attempt(problems, lambda: _deepspeed_values(config, problems))
+    fewest = batch.accumulation_at(0) if batch and topology else None
+    problems += pipeline_problems(config, engine, model[0] if model else None, fewest)
     if problems or topology is None or batch is None or model is None or file is None:
         raise ConfigError(*problems)
     architecture, parameters = model
+    warnings += pipeline_warnings(parallel, batch.accumulation)
     layout = Layout(
         engine=engine,
         zero_stage=parallel.zero_stage,
@@ -108,6 +114,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         parameters=parameters,
         flops=count_flops(architecture, parameters, length),
         memory=estimate_memory(architecture, parameters, layout, step),
+        stages=partition_run(config, architecture),
         warnings=tuple(warnings),
     )
 
@@ -156,6 +163,7 @@ def _deepspeed_values(config: RunConfig, problems: list[Problem]) -> dict[str, A
         return {}
     values = read_deepspeed_file(path)
     problems += ownership_problems(values, path, config)
+    problems += pipeline_file_problems(values, path, config.parallel)
     return values
 
 

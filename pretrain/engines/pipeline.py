@@ -28,7 +28,7 @@ from pretrain.models.architecture import resolve_architecture
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.pipeline_layers import describe_whole
-from pretrain.models.pipeline_stages import partition_layers
+from pretrain.models.pipeline_stages import partition_run, stages_of_rank
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.topology import Topology
 
@@ -89,18 +89,9 @@ class PipelineEngine:
         return settings
 
     def _build_stages(self, builder: ModelBuilder) -> OwnStages:
-        config, ranks = self._config, self._topology.pipeline
-        length = config.batch.sequence_length
-        stages = partition_layers(
-            resolve_architecture(config.model, length),
-            2 * ranks if self._is_bidirectional else ranks,
-            sequence_length=length,
-            recomputes=config.execution.recomputation == "full",
-        )
-        numbers = {self._place.pipeline}
-        if self._is_bidirectional:
-            numbers.add(2 * ranks - 1 - self._place.pipeline)
-        return OwnStages.build(builder, stages, sorted(numbers), self._device)
+        config = self._config
+        stages = partition_run(config, resolve_architecture(config.model, config.batch.sequence_length))
+        return OwnStages.build(builder, stages, stages_of_rank(config.parallel, self._place.pipeline), self._device)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pretrain.config import ParallelSection, RunConfig
 from pretrain.errors import Problem
 from pretrain.models.architecture import Architecture
 from pretrain.models.flops import count_flops
@@ -34,10 +35,10 @@ def partition_layers(
 ) -> tuple[Stage, ...]:
     """Cut the layers so that the slowest stage takes as little time as can be, then so that the rest is even.
 
-    The time of a layer and of the head is their arithmetic (flops.py): a layer's matrices and its attention over rows of
-    `sequence_length` tokens, and the head's matrix, once forward and twice backward, once more for layers that are run
-    again. The embedding is a look-up and costs no time. Where some stages must take one layer more than others, the
-    middle ones do: the first holds the embedding and the most micro-batches, the last the head.
+    The time of a layer and of the head is their arithmetic (flops.py): a layer's matrices and its attention over rows
+    of `sequence_length` tokens, and the head's matrix, once forward and twice backward, once more for layers that are
+    run again. The embedding is a look-up and costs no time. Where some stages must take one layer more than others,
+    the middle ones do: the first holds the embedding and the most micro-batches, the last the head.
     """
     assert 1 <= stages <= shape.layers
     count = count_parameters(shape)
@@ -85,8 +86,77 @@ def _parameters(shape: Architecture, count: ParameterCount, layers: int, *, is_f
     return held
 
 
-def pipeline_problems(shape: Architecture, stages: int) -> Iterator[Problem]:
-    """Why a model cannot be cut into so many stages."""
+def partition_run(config: RunConfig, shape: Architecture) -> tuple[Stage, ...]:
+    """The stages of a run; one where it has no pipeline."""
+    return partition_layers(
+        shape,
+        stages_of(config.parallel),
+        sequence_length=config.batch.sequence_length,
+        recomputes=config.execution.recomputation != "none",
+    )
+
+
+def stages_of(parallel: ParallelSection) -> int:
+    """Into how many stages the layers are cut: in DualPipeV each rank computes one on the way out and one back."""
+    return parallel.pipeline * (2 if parallel.pipeline_schedule == "dualpipev" else 1)
+
+
+def stages_of_rank(parallel: ParallelSection, place: int) -> tuple[int, ...]:
+    """The numbers of the stages that the rank at this place of the pipeline computes."""
+    if parallel.pipeline_schedule == "dualpipev":
+        return place, 2 * parallel.pipeline - 1 - place
+    return (place,)
+
+
+def pipeline_problems(
+    config: RunConfig, engine: str, shape: Architecture | None, fewest_micro_batches: int | None
+) -> Iterator[Problem]:
+    """Why a run cannot be a pipeline as it wishes; what no pair of settings says (compatibility.py has those).
+
+    Args:
+        config: of the run.
+        engine: that it means.
+        shape: of the model; null where it has problems of its own.
+        fewest_micro_batches: of any step, at the start of a batch ramp; null where the batch has problems of its own.
+    """
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        yield from _not_a_pipeline(parallel, engine)
+        return
+    stages = stages_of(parallel)
+    is_bidirectional = parallel.pipeline_schedule == "dualpipev"
+    if config.precision == "bf16" and parallel.zero_stage == 0:
+        yield Problem(
+            "bf16 in a pipeline with parallel.zero_stage 0: DeepSpeed would sum gradients in bf16 and lose small ones",
+            "stage 1, or fp32",
+            "set parallel.zero_stage=1",
+        )
+    if shape is not None:
+        yield from _uncut(shape, stages, "2 on each rank of DualPipeV" if is_bidirectional else "one on each rank")
+    if is_bidirectional and fewest_micro_batches is not None and fewest_micro_batches < stages:
+        yield Problem(
+            f"DualPipeV on {parallel.pipeline} ranks with {fewest_micro_batches} micro-batches a step",
+            f"at least {stages}, also at the start of a batch ramp: it fills its pipes from both ends",
+            "lower batch.micro_batch_size or raise batch.global_batch_size, or set parallel.pipeline_schedule=1f1b",
+        )
+
+
+def _not_a_pipeline(parallel: ParallelSection, engine: str) -> Iterator[Problem]:
+    if engine == "pipeline":
+        yield Problem(
+            "parallel.engine is pipeline, but parallel.pipeline is 1",
+            "2 or more stages",
+            "set parallel.pipeline=2, or parallel.engine=auto",
+        )
+    if parallel.pipeline_schedule == "dualpipev":
+        yield Problem(
+            "parallel.pipeline_schedule is dualpipev, but parallel.pipeline is 1",
+            "1f1b, or 2 or more ranks",
+            "set parallel.pipeline=2, or leave parallel.pipeline_schedule out",
+        )
+
+
+def _uncut(shape: Architecture, stages: int, why: str) -> Iterator[Problem]:
     if shape.model_type not in PIPELINE_TYPES:
         yield Problem(
             f"pipeline parallelism with model_type {shape.model_type}"
@@ -96,9 +166,19 @@ def pipeline_problems(shape: Architecture, stages: int) -> Iterator[Problem]:
         )
     if shape.layers < stages:
         yield Problem(
-            f"{stages} pipeline stages for {shape.layers} layers",
+            f"{stages} pipeline stages ({why}) for {shape.layers} layers",
             f"at most {shape.layers} stages: each computes one layer or more",
-            f"set parallel.pipeline={shape.layers} or less",
+            "lower parallel.pipeline, or raise the number of layers",
+        )
+
+
+def pipeline_warnings(parallel: ParallelSection, micro_batches: int) -> Iterator[str]:
+    """What a pipeline wastes."""
+    if parallel.pipeline > 1 and micro_batches < parallel.pipeline:
+        waiting = bubble_fraction(parallel.pipeline, micro_batches)
+        yield (
+            f"{micro_batches} micro-batches a step for {parallel.pipeline} pipeline stages: each stage waits "
+            f"{waiting:.0%} of a step; lower batch.micro_batch_size or raise batch.global_batch_size"
         )
 
 

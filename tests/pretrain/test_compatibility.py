@@ -81,7 +81,10 @@ def test_what_the_engines_are_tested_for_is_not_refused(precision: str, stage: i
 def test_pairs_are_symmetric_and_complete() -> None:
     rows = list(table_rows())
     assert len(rows) == len(USES) * (len(USES) + 1) // 2
-    assert sum(refusal is not None for _, _, refusal in rows) == len(REFUSED)
+    refused = {frozenset((first, second)) for first, second, refusal in rows if refusal}
+    assert {frozenset(pair) for pair in REFUSED} <= refused
+    assert frozenset(("DualPipeV", "ZeRO stage 3")) in refused  # by what it implies
+    assert len(refused) < len(rows) / 2
     assert all(refusal_of(first, second) is refusal_of(second, first) for first, second, _ in rows)
 
 
