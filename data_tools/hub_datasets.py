@@ -27,7 +27,9 @@ def hub_files(word: str) -> Iterator[Piece]:
     parts = word.removeprefix(HUB_MARK).split(":")
     if not 1 <= len(parts) <= 3 or not all(parts):
         raise UsageError(
-            word, "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT", "write for example hf:me/corpus"
+            f"the input {word}",
+            "hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT",
+            "write for example hf:me/corpus",
         )
     configuration = parts[1] if len(parts) == 3 else None
     splits = _load(word, parts[0], configuration)
