@@ -220,12 +220,6 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("parameter offload", "parameter offload"): Refusal(
         reason="not in this version", allowed="none", change="set parallel.offload_parameters=none"
     ),
-    ("selective recomputation", "selective recomputation"): Refusal(
-        reason="not in this version", allowed="none, full", change="set execution.recomputation=full"
-    ),
-    ("recomputation of some layers", "recomputation of some layers"): Refusal(
-        reason="not in this version", allowed="1", change="set execution.recompute_every=1"
-    ),
     ("engine plain", "several processes"): Refusal(
         reason="the plain engine is one process",
         allowed="world size 1, or the zero engine",

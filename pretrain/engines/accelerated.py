@@ -75,7 +75,8 @@ class AcceleratedEngine:
     def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
         """See Engine."""
         self._model.eval()
-        sums = sum_losses(self._held.forward, micro_batches, self._device)
+        with self._held.communicating(is_last=True):
+            sums = sum_losses(self._held.forward, micro_batches, self._device)
         loss, targets = distributed.all_reduce_sum(sums).tolist()
         return EvaluationResult(loss_sum=loss, target_count=int(targets))
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from pretrain import distributed
 from pretrain.config import Precision
@@ -47,7 +46,7 @@ class HeldModel(ABC):
 
     @abstractmethod
     def communicating(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """Surrounds forward and backward of one micro-batch."""
+        """Surrounds forward and backward of one micro-batch, or forwards of an evaluation."""
 
     def collect_gradients(self) -> list[torch.Tensor]:
         """This rank's parts of the gradient, each now where the optimizer looks for it."""
@@ -71,7 +70,7 @@ def start_accelerator(device: torch.device) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier engine of this process
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="no",  # rounding is ours: see RoundedForward and the FSDP plugin's policy
+        mixed_precision="no",  # rounding is ours: see RoundedWeights and the FSDP plugin's policy
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != distributed.world_size():
@@ -96,17 +95,22 @@ class ReplicatedModel(HeldModel):
         self.weights = {
             name: LocalWeight(shape=tuple(weight.shape), first_row=0, values=weight) for name, weight in _trained(model)
         }
-        module = RoundedForward(model) if precision == "bf16" else model
+        self._rounded = RoundedWeights(model) if precision == "bf16" else None
         self._accelerator = accelerator
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers to an argument that accelerate does not pass on
             warnings.simplefilter("ignore", FutureWarning)
-            self._module = accelerator.prepare_model(module, device_placement=False)
+            self._module = accelerator.prepare_model(model, device_placement=False)
         self.forward = self._module
 
     def communicating(self, *, is_last: bool) -> AbstractContextManager[object]:
         """See HeldModel: gradients travel once a step."""
-        return nullcontext() if is_last else self._accelerator.no_sync(self._module)
+        stack = ExitStack()
+        if not is_last:
+            stack.enter_context(self._accelerator.no_sync(self._module))
+        if self._rounded:
+            stack.enter_context(self._rounded.in_place())
+        return stack
 
     def backward(self, objective: torch.Tensor, *, is_last: bool) -> None:
         """See HeldModel."""
@@ -159,22 +163,32 @@ class ShardedModel(HeldModel):
             weight.grad = None
 
 
-class RoundedForward(nn.Module):
-    """Computes with bf16 copies of fp32 weights; gradients are rounded a micro-batch and summed in fp32.
+class RoundedWeights:
+    """bf16 copies of a model's fp32 weights, in their place; gradients are rounded a micro-batch and summed in fp32.
 
     Autocast would keep the residual stream in fp32 and knows nothing of the fused loss: another model than the one
     that the other engines train.
     """
 
     def __init__(self, model: TrainingModel) -> None:
-        super().__init__()
-        self.model = model
+        self._owners = [
+            (module, name, weight)
+            for module in model.modules()
+            for name, weight in module.named_parameters(recurse=False)  # a tied weight has several owners
+        ]
 
-    def forward(self, batch: Batch) -> Sums:
-        """See TrainingModel.forward."""
-        low = {name: weight.bfloat16() for name, weight in self.model.named_parameters()}
-        sums: Sums = functional_call(self.model, low, (batch,))
-        return sums
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Until the block ends, which must hold backward as well: recomputed layers read their weights again."""
+        exact = {id(weight): weight for _, _, weight in self._owners}
+        rounded: dict[int, Any] = {key: weight.bfloat16() for key, weight in exact.items()}
+        try:
+            for module, name, weight in self._owners:
+                module._parameters[name] = rounded[id(weight)]
+            yield
+        finally:
+            for module, name, weight in self._owners:
+                module._parameters[name] = weight
 
 
 def hold_model(accelerator: Any, model: TrainingModel, *, sharded: bool, precision: Precision) -> HeldModel:

@@ -32,6 +32,11 @@ def layer_bytes_per_token(shape: Architecture, *, low: int, tensor: int = 1) -> 
     return outside + inside // tensor
 
 
+def attention_result_bytes(shape: Architecture, *, low: int) -> int:
+    """Bytes of what attention's kernel gives for one token: the output, and one log-sum a head."""
+    return shape.attention_width * low + shape.heads * FP32_BYTES
+
+
 def norm_bytes(shape: Architecture, width: int, *, low: int) -> int:
     """Bytes that one norm over `width` numbers keeps for one token."""
     if shape.norm_bias:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from pretrain.models.activations import FP32_BYTES, layer_bytes_per_token, norm_bytes
+from pretrain.models.activations import FP32_BYTES, attention_result_bytes, layer_bytes_per_token, norm_bytes
 from pretrain.models.architecture import Architecture
 from pretrain.models.parameter_count import ParameterCount
 from pretrain.models.pipeline_stages import Stage, partition_layers
@@ -69,6 +69,8 @@ class Step:
     sequence_length: int  # tokens
     recomputes: bool
     chunk_tokens: int  # tokens whose logits exist at one time
+    recompute_every: int = 1  # only each so many-th layer recomputes
+    keeps_attention: bool = False  # recomputes all of a layer but attention's result
 
     @property
     def low(self) -> int:
@@ -81,7 +83,7 @@ class MemoryEstimate:
     """Bytes of one rank (the fullest one)."""
 
     weights: int  # what forward reads
-    gathered_weights: int  # ZeRO 3: whole modules while they compute
+    gathered_weights: int  # ZeRO 3, FSDP2, DDP in bf16: whole or rounded modules while they compute
     gradients: int
     master_weights: int  # fp32 copies that the optimizer updates
     moments: int
@@ -118,8 +120,8 @@ def _stage_memory(
     # the ranks of one set of experts are fewer, so each holds a larger share of them
     shard = -(-shared // layout.shards) + -(-experts * layout.expert // layout.shards)
     optimizer_share = shard if layout.stage >= 1 or layout.shards_weights else parameters
-    # without ZeRO, fp32 weights are their own masters, as FSDP2's sharded ones are; DeepSpeed keeps a copy even then
-    has_masters = layout.stage > 0 if step.precision == "fp32" else not layout.shards_weights
+    # without ZeRO, fp32 weights are their own masters, as accelerate's always are; DeepSpeed keeps a copy even then
+    has_masters = layout.stage > 0 if step.precision == "fp32" else layout.engine != "accelerate"
     weights = _weight_bytes(layout, step, parameters, shard)
     optimizer = {
         "master_weights": FP32_BYTES * optimizer_share if has_masters else 0,
@@ -162,13 +164,14 @@ def _parameters_of_rank(shape: Architecture, count: ParameterCount, stage: Stage
 
 
 def _weight_bytes(layout: Layout, step: Step, parameters: int, shard: int) -> int:
-    if layout.shards_weights:
-        return FP32_BYTES * shard  # FSDP2 keeps fp32 shards and rounds what it gathers
+    if layout.engine == "accelerate":  # fp32, rounded copies are made for each micro-batch
+        return FP32_BYTES * (shard if layout.shards_weights else parameters)
     return step.low * (shard if layout.stage == 3 else parameters)
 
 
 def _gathered_bytes(layout: Layout, step: Step, parameters: int) -> int:
-    if layout.stage != 3 and not layout.shards_weights:
+    makes_copies = layout.engine == "accelerate" and (layout.shards_weights or step.precision == "bf16")
+    if layout.stage != 3 and not makes_copies:
         return 0
     return step.low * min(parameters, layout.buffers.max_live_parameters)
 
@@ -204,14 +207,15 @@ def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
 def _activation_bytes(shape: Architecture, stage: Stage, place: int, layout: Layout, step: Step) -> int:
     """Kept for backward by all micro-batches in flight.
 
-    Full recomputation keeps every layer's input and one layer whole. Stage p of n holds as many micro-batches as there
-    are stages from it to the end (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3).
+    Recomputation keeps a layer's input, perhaps attention's result, and one layer whole. Stage p of n holds as many
+    micro-batches as there are stages from it to the end (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3).
     """
     tokens = step.micro_batch_size * step.sequence_length // layout.sequence
     layers = len(stage.layers)
     layer = layer_bytes_per_token(shape, low=step.low, tensor=layout.tensor)
-    inputs = shape.hidden_size * step.low
-    kept = layers * inputs + layer if step.recomputes else layers * layer
+    recomputed = -(-layers // step.recompute_every) if step.recomputes else 0
+    again = shape.hidden_size * step.low + (attention_result_bytes(shape, low=step.low) if step.keeps_attention else 0)
+    kept = recomputed * again + (layers - recomputed) * layer + (layer if recomputed else 0)
     final_norm = norm_bytes(shape, shape.hidden_size, low=step.low) if stage.is_last else 0
     return tokens * (kept * (layout.pipeline - place) + final_norm)
 

@@ -16,6 +16,7 @@ from pretrain.errors import ConfigError, Problem
 from pretrain.models.attention import document_inputs, has_packed_rows, watched_document_borders
 from pretrain.models.batch import Batch
 from pretrain.models.loss import OutputHead, full_logits_loss
+from pretrain.models.recomputation import enable_recomputation
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,7 @@ class TrainingModel(nn.Module):
         self._has_fused_loss = self._fuse_loss(loss)
         self._layers = list(decoder_layers(network))  # a plain list: registered once, below the network
         self._has_checked_borders = False
-        if execution.recomputation == "full":
-            _enable_recomputation(network)
+        enable_recomputation(network, self._layers, execution)
         if execution.compile:
             for layer in self._layers:
                 layer.compile(dynamic=False)
@@ -103,21 +103,6 @@ class TrainingModel(nn.Module):
         fused = OutputHead.from_linear(head, chunk_tokens=loss.chunk_tokens, z_loss_weight=loss.z_loss)
         self.network.set_output_embeddings(fused)
         return True
-
-
-def _enable_recomputation(network: PreTrainedModel) -> None:
-    if not network.supports_gradient_checkpointing:
-        raise ConfigError(
-            Problem(
-                f"execution.recomputation is full, but {type(network).__name__} cannot recompute its layers",
-                "none",
-                "set execution.recomputation: none",
-            )
-        )
-    # transformers 5.23 renamed it and warns at the old name, which its older versions need.
-    old_name = "gradient_checkpointing_enable"
-    enable = getattr(network, "activation_checkpointing_enable", None) or getattr(network, old_name)
-    enable({"use_reentrant": False})
 
 
 def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:

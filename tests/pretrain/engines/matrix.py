@@ -6,7 +6,7 @@ How a cell is compared is parity.py's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from tests.pretrain.engines.cases import VOCABULARY, Case
 
@@ -77,8 +77,63 @@ def _accelerate_cells() -> list[Cell]:
     return cells
 
 
+def _recomputation_cells() -> list[Cell]:
+    return [
+        Cell(
+            ranks,
+            Case(
+                **engine, recomputation=kind, recompute_every=every, layers=3, precision=precision, micro_batch_size=2
+            ),
+        )
+        for kind, every, precision in (("selective", 1, "bf16"), ("full", 2, "fp32"))
+        for ranks, engine in (
+            (1, {"engine": "plain"}),
+            *((2, {"engine": "zero", "zero_stage": stage}) for stage in (0, 1, 2, 3)),
+            *((2, {"engine": "accelerate", "data_parallel": way}) for way in ("replicate", "shard")),
+        )
+    ]
+
+
+def _pipeline_cells() -> list[Cell]:
+    one_way = Case(pipeline=2, micro_batch_size=2)
+    both_ways = Case(pipeline=2, pipeline_schedule="dualpipev", micro_batch_size=2, layers=4)
+    cells = [
+        Cell(2, one_way),
+        Cell(2, replace(one_way, tied=True, micro_batch_size=8)),  # fewer micro-batches than stages
+        Cell(2, replace(one_way, tied=True, precision="bf16", micro_batch_size=1)),
+        Cell(2, replace(one_way, precision="bf16", layers=3)),
+        Cell(2, replace(one_way, zero_stage=0, tied=True)),
+        Cell(2, replace(one_way, small_steps=2)),
+        Cell(2, replace(one_way, model_type="qwen3", tied=True)),
+        Cell(2, replace(one_way, model_type="qwen2")),  # biases
+        Cell(2, replace(one_way, model_type="mistral", model=(("sliding_window", 10),))),
+        Cell(2, replace(one_way, model_type="olmo2")),
+        Cell(2, replace(one_way, model_type="gpt2", tied=True)),
+        Cell(2, replace(one_way, recomputation="full")),
+        Cell(2, replace(one_way, recomputation="full", recompute_every=2, layers=5, tied=True)),
+        Cell(2, replace(one_way, recomputation="selective", layers=3)),
+        Cell(2, both_ways),
+        Cell(2, replace(both_ways, tied=True, precision="bf16", micro_batch_size=1)),
+        Cell(2, replace(both_ways, zero_stage=0, layers=5)),
+        Cell(2, replace(both_ways, tied=True, recomputation="full", recompute_every=2, layers=6, micro_batch_size=1)),
+        Cell(2, replace(both_ways, model_type="gpt2", recomputation="selective")),
+        Cell(4, replace(one_way, tied=True)),  # two data ranks
+    ]
+    more_ranks = [
+        Cell(4, replace(one_way, zero_stage=0, precision="fp32", micro_batch_size=1)),
+        Cell(4, replace(one_way, precision="bf16")),
+        Cell(4, replace(one_way, pipeline=4, layers=4, tied=True)),
+        Cell(4, replace(one_way, pipeline=4, layers=6, micro_batch_size=1, recomputation="full")),
+        Cell(4, replace(both_ways, micro_batch_size=1, tied=True)),  # two data ranks
+        Cell(4, replace(both_ways, pipeline=4, micro_batch_size=1, layers=9)),
+    ]
+    return [*cells, *(replace(cell, slow=True) for cell in more_ranks)]
+
+
 CELLS: tuple[Cell, ...] = (
     Cell(1, Case(engine="plain", micro_batch_size=2)),
     *_zero_cells(),
+    *_pipeline_cells(),
     *_accelerate_cells(),
+    *_recomputation_cells(),
 )
