@@ -103,7 +103,9 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         precision=config.precision,
         micro_batch_size=config.batch.micro_batch_size,
         sequence_length=length,
-        recomputes=config.execution.recomputation == "full",
+        recomputes=config.execution.recomputation != "none",
+        recompute_every=config.execution.recompute_every,
+        keeps_attention=config.execution.recomputation == "selective",
         chunk_tokens=config.loss.chunk_tokens,
     )
     return RunPlan(
