@@ -45,6 +45,7 @@ def check(
     run: RunFile,
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option("--world-size", min=1, help="Ranks of the whole job.")] = 1,
+    ranks_of_node: Annotated[int, typer.Option("--ranks-per-node", min=1, help="GPUs of one node.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a run will do and need, or what is wrong.
@@ -53,7 +54,7 @@ def check(
     """
     from pretrain.check import print_check
 
-    print_check(run, overrides or [], world_size=world_size, as_json=as_json)
+    print_check(run, overrides or [], world_size=world_size, ranks_of_node=ranks_of_node, as_json=as_json)
 
 
 @app.command()

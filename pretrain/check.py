@@ -20,11 +20,11 @@ from pretrain.models.pipeline_stages import bubble_fraction, stages_of_rank
 from pretrain.run_plan import RunPlan, load_and_plan
 
 GIB = 2**30
-LARGEST_GRID = 64  # ranks; a larger one is described, not drawn
+LONGEST_GRID = 64  # lines; a longer one is described, not drawn
 
 
-def print_check(path: Path, overrides: Sequence[str], *, world_size: int, as_json: bool) -> None:
-    """Print what a run will do.
+def print_check(path: Path, overrides: Sequence[str], *, world_size: int, ranks_of_node: int, as_json: bool) -> None:
+    """Print what a run will do on nodes of so many ranks.
 
     Raises:
         ConfigError: with every problem; as JSON they are printed as well.
@@ -43,9 +43,14 @@ def print_check(path: Path, overrides: Sequence[str], *, world_size: int, as_jso
     if len(plan.stages) > 1:
         console.print(_stages_table(config, plan))
     console.print(_memory_table(plan))
-    if world_size <= LARGEST_GRID:
-        console.print(plan.topology.grid(), highlight=False)
-    for warning in plan.warnings:
+    topology = plan.topology
+    if world_size <= LONGEST_GRID * topology.tensor * topology.sequence:
+        console.print(topology.grid(ranks_of_node if world_size > ranks_of_node else None), highlight=False)
+    across = [
+        f"a {axis} group has ranks on several nodes of {ranks_of_node}: its traffic crosses the network in every layer"
+        for axis in topology.axes_across_nodes(ranks_of_node)
+    ]
+    for warning in [*plan.warnings, *across]:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
 
 

@@ -69,8 +69,8 @@ class Topology:
             for offset in range(stride):
                 yield tuple(range(block + offset, block + offset + stride * length, stride))
 
-    def grid(self) -> str:
-        """A picture: one line a pipeline stage and data rank, ranks of one tensor group side by side."""
+    def grid(self, ranks_of_node: int | None = None) -> str:
+        """A picture: one line a pipeline stage and data rank, ranks of one tensor group side by side, node by node."""
         width = len(str(self.world_size - 1))
         lines = []
         for first in range(0, self.world_size, self.sequence * self.tensor):
@@ -80,8 +80,21 @@ class Topology:
                 " ".join(f"{rank:>{width}}" for rank in ranks[start : start + self.tensor])
                 for start in range(0, len(ranks), self.tensor)
             ]
-            lines.append(f"pipeline {place.pipeline}  data {place.data:>{width}} | " + " | ".join(cells))
+            line = f"pipeline {place.pipeline}  data {place.data:>{width}} | " + " | ".join(cells)
+            if ranks_of_node and first % ranks_of_node == 0:
+                lines.append(f"node {first // ranks_of_node}")
+            lines.append(f"  {line}" if ranks_of_node else line)
         return "\n".join(lines)
+
+    def axes_across_nodes(self, ranks_of_node: int) -> tuple[Axis, ...]:
+        """Those of the axes that speak most, tensor and sequence, of which a group has ranks on several nodes."""
+        neighbours: tuple[Axis, ...] = ("tensor", "sequence")
+        return tuple(
+            axis
+            for axis in neighbours
+            if self.size(axis) > 1
+            and any(group[0] // ranks_of_node != group[-1] // ranks_of_node for group in self.groups(axis))
+        )
 
 
 def build_topology(world_size: int, *, tensor: int = 1, pipeline: int = 1, sequence: int = 1) -> Topology:

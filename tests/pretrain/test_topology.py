@@ -54,6 +54,24 @@ def test_a_known_grid() -> None:
     assert grid.grid().splitlines()[2] == "pipeline 1  data 0 | 4 5"
 
 
+def test_the_grid_shows_where_nodes_begin() -> None:
+    lines = build_topology(16, tensor=4, pipeline=2).grid(ranks_of_node=8).splitlines()
+    assert lines[0] == "node 0"
+    assert lines[3] == "node 1"
+    assert lines[4] == "  pipeline 1  data  0 |  8  9 10 11"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "ranks_of_node", "expected"),
+    [(8, 1, 8, ()), (8, 1, 4, ("tensor",)), (4, 2, 8, ()), (4, 4, 8, ("sequence",)), (3, 1, 8, ("tensor",))],
+)
+def test_groups_that_leave_a_node_are_found(
+    tensor: int, sequence: int, ranks_of_node: int, expected: tuple[str, ...]
+) -> None:
+    grid = build_topology(48, tensor=tensor, sequence=sequence)
+    assert grid.axes_across_nodes(ranks_of_node) == expected
+
+
 @pytest.mark.parametrize("world_size", [0, 6, 7])
 def test_sizes_that_do_not_divide_are_refused_with_the_nearest(world_size: int) -> None:
     with pytest.raises(ConfigError, match=r"a multiple of 4 ranks(.|\n)*start [48] ranks"):
