@@ -53,3 +53,11 @@ class TokenFormat(str, Enum):
     NANOGPT = "nanogpt"  # .bin of uint16, no boundaries
     DATATROVE = "datatrove"  # .ds and .ds.index
     NPY = "npy"  # a vector, and its documents' lengths beside it
+
+
+class Executor(str, Enum):
+    """Where the tasks of a job run."""
+
+    LOCAL = "local"  # processes of this machine
+    SLURM = "slurm"
+    RAY = "ray"

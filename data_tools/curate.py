@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from data_tools.corpus import input_facts
 from data_tools.curation.finish import Ending, finish
 from data_tools.curation.recipe import Decontamination, Recipe
 from data_tools.curation.stages import Stage, StagePlan
-from data_tools.curation.workplace import finished_result, own_work_folder
+from data_tools.curation.workplace import finished_result, own_work_folder, work_folder
 from data_tools.errors import UsageError
 from data_tools.input_files import find_inputs
 from data_tools.pieces import Piece
@@ -61,6 +61,7 @@ class Curation:
 class Curated:
     """The numbers of curation.json; `reused` when an earlier run had made the output already."""
 
+    output: Path
     numbers: dict[str, Any]
     reused: bool = False
 
@@ -74,6 +75,7 @@ def plan_curation(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Pat
     """
     paths = list(inputs) or list(recipe.inputs.paths)
     place = output or (Path(recipe.output) if recipe.output else None)
+    place = place and place.absolute()  # jobs of a cluster may begin in another folder
     if not paths or place is None:
         missing = " and ".join(["no inputs"] * (not paths) + ["no output"] * (place is None))
         raise UsageError(
@@ -83,9 +85,7 @@ def plan_curation(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Pat
         )
     files = find_inputs(paths)
     evaluation = {
-        number: find_inputs(step.texts)
-        for number, step in enumerate(recipe.steps)
-        if isinstance(step, Decontamination)
+        number: find_inputs(step.texts) for number, step in enumerate(recipe.steps) if isinstance(step, Decontamination)
     }
     facts = {
         "version": VERSION,
@@ -104,6 +104,14 @@ def cut(files: Sequence[Piece], wanted: int | None) -> list[Task]:
         return plan_tasks(files, TASK_BYTES)
     total = sum(file.disk_bytes for file in files)
     return [replace(task, number=number) for number, task in enumerate(plan_tasks(files, max(1, -(-total // wanted))))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """Jobs that will make the output; `are_new` unless an earlier call has submitted them."""
+
+    jobs: Sequence[str]
+    are_new: bool
 
 
 def curate(
@@ -130,10 +138,79 @@ def curate(
     curation = plan_curation(recipe, inputs, output)
     numbers = finished_result(curation.output, curation.job)
     if numbers is not None:
-        return Curated(numbers=numbers, reused=True)
+        return Curated(output=curation.output, numbers=numbers, reused=True)
     with own_work_folder(curation.output, curation.job) as work:
-        stages = curation.stages(work)
-        run_stages(stages, work / "logs", workers, on_progress)
+        run_stages(curation.stages(work), work / "logs", workers, on_progress)
         numbers = finish(curation.ending(work))
         shutil.rmtree(work)
-    return Curated(numbers=numbers)
+    return Curated(output=curation.output, numbers=numbers)
+
+
+def curate_on_ray(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Path | None = None) -> Curated:
+    """Clean documents as `curate` does, on a Ray cluster that shares the file system.
+
+    Raises:
+        UsageError: as `curate`, or Ray is not installed.
+        WorkerError: tasks failed.
+    """
+    from data_tools.curation.cluster import run_on_ray
+
+    curation = plan_curation(recipe, inputs, output)
+    numbers = finished_result(curation.output, curation.job)
+    if numbers is not None:
+        return Curated(output=curation.output, numbers=numbers, reused=True)
+    with own_work_folder(curation.output, curation.job) as work:
+        run_on_ray(curation.stages(work), recipe, work)
+        numbers = finish(curation.ending(work))
+        shutil.rmtree(work)
+    return Curated(output=curation.output, numbers=numbers)
+
+
+def submit(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Path | None = None) -> Curated | Submitted:
+    """Submit to Slurm what is not finished of a curation; its last job publishes the output.
+
+    The same call again tells whether it is under way, submits what has failed, or returns the result.
+
+    Raises:
+        UsageError: as `curate`, or there is no Slurm, or the recipe does not say how to use it.
+        WorkerError: Slurm refuses a job.
+    """
+    from data_tools.curation.cluster import jobs_under_way, submit_to_slurm, with_finish
+
+    curation = plan_curation(recipe, inputs, output)
+    numbers = finished_result(curation.output, curation.job)
+    if numbers is not None:
+        shutil.rmtree(work_folder(curation.output), ignore_errors=True)  # the logs
+        return Curated(output=curation.output, numbers=numbers, reused=True)
+    with own_work_folder(curation.output, curation.job) as work:
+        if jobs := jobs_under_way(work):
+            return Submitted(jobs=jobs, are_new=False)
+        stages = with_finish(curation.stages(work), curation.ending(work))
+        return Submitted(jobs=submit_to_slurm(stages, recipe, work), are_new=True)
+
+
+def outline(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Yield the name of every stage of `curate`, and its number of tasks and blocks in words.
+
+    Raises:
+        UsageError: as `curate`.
+    """
+    curation = plan_curation(recipe, inputs, output)
+    for stage in curation.stages(work_folder(curation.output)):
+        blocks = [block.name for block in stage.pipeline if block.type != "account"]
+        yield stage.name, f"    {stage.tasks} tasks: {', '.join(blocks)}"
+
+
+def batch_scripts(
+    recipe: Recipe, inputs: Sequence[str | Path] = (), output: Path | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield the name and the batch script of every stage that `submit` would submit.
+
+    Raises:
+        UsageError: as `submit`.
+    """
+    from data_tools.curation.cluster import render_slurm, with_finish
+
+    curation = plan_curation(recipe, inputs, output)
+    work = work_folder(curation.output)
+    yield from render_slurm(with_finish(curation.stages(work), curation.ending(work)), recipe, work)

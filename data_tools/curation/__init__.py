@@ -1,1 +1,1 @@
-"""Cleaning of corpora before they are encoded: a recipe of steps that run on datatrove, with every drop accounted for."""
+"""Cleaning of corpora before they are encoded: recipes of steps that run on datatrove, every drop accounted for."""

@@ -157,7 +157,7 @@ class ReadBetween(PipelineStep):
         if not path.exists():
             return
         with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            for line in io.BufferedReader(stream, 1 << 18):  # type: ignore[arg-type]
+            for line in io.BufferedReader(stream, 1 << 18):
                 yield Document(**orjson.loads(line))
 
 

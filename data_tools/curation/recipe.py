@@ -1,6 +1,6 @@
 """The recipe of a curation: every key of a recipe YAML, its unit, default and meaning.
 
-Says nothing about how a step is done (text_steps.py, document_filters.py, stages.py) or where (executors.py).
+Says nothing about how a step is done (text_steps.py, document_filters.py, stages.py) or where (local.py, cluster.py).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Language(Section):
     step: Literal["language"] = "language"
     keep: list[str] = []  # ISO 639-1; empty keeps all and only labels
     least_probability: Fraction = 0.65
-    characters: Count = 10_000  # at the beginning of a document that are looked at
+    characters: Count = 2000  # at the beginning of a document that are looked at
 
 
 class QualityFilter(Section):

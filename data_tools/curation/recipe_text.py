@@ -93,7 +93,9 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {
         letter: [
-            (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
         ]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -157,7 +159,9 @@ def _unknown_step(place: str, fault: ErrorDetails) -> Problem:
     given = fault["input"].get("step") if isinstance(fault["input"], Mapping) else fault["input"]
     near = difflib.get_close_matches(str(given), _STEP_MODELS, n=1)
     change = f"did you mean {near[0]}?" if near else f"write {place} as `- step: NAME`"
-    return Problem(f"{place} names the step {given!r}" if given else f"{place} names no step", ", ".join(_STEP_MODELS), change)
+    return Problem(
+        f"{place} names the step {given!r}" if given else f"{place} names no step", ", ".join(_STEP_MODELS), change
+    )
 
 
 def _wrong_value(place: str, fault: ErrorDetails) -> Problem:

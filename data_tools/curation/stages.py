@@ -1,6 +1,7 @@
-"""Lays the steps of a recipe out as stages: pipelines of datatrove blocks, each run by every task before the next begins.
+"""Lays the steps of a recipe out as stages: pipelines of datatrove blocks, each done by all tasks before the next.
 
-Steps that look at one document share a pipeline; those that compare documents end it. Where stages run is executors.py's.
+Steps that look at one document share a pipeline; those that compare documents end it. Where they run is local.py's and
+cluster.py's.
 """
 
 from __future__ import annotations

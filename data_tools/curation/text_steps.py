@@ -9,6 +9,7 @@ import ipaddress
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import ftfy.fixes
 import regex
@@ -143,8 +144,8 @@ class _Repair:
 class _NormalForm:
     """One of Unicode's normal forms."""
 
-    def __init__(self, form: str) -> None:
-        self._form = form
+    def __init__(self, form: Literal["NFC", "NFKC"]) -> None:
+        self._form: Literal["NFC", "NFKC"] = form
 
     def __call__(self, text: str) -> str:
         return unicodedata.normalize(self._form, text)

@@ -95,6 +95,8 @@ def finished_result(output: Path, job: str) -> dict[str, Any] | None:
     sizes = {name: (output / name).stat().st_size if (output / name).exists() else None for name in result["files"]}
     if faults := [name for name, record in result["files"].items() if sizes[name] != record["bytes"]]:
         raise ShardError(
-            f"{output} lacks or has cut off {', '.join(faults)}", "a complete result", f"remove {output}, run this again"
+            f"{output} lacks or has cut off {', '.join(faults)}",
+            "a complete result",
+            f"remove {output}, run this again",
         )
     return result
