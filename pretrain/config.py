@@ -150,6 +150,7 @@ class ScheduleSection(Section):
     total_tokens: int | None = Field(default=None, gt=0)
     warmup_steps: int | None = Field(default=None, ge=0)  # at most one of warmup_steps, warmup_tokens
     warmup_tokens: int | None = Field(default=None, ge=0)
+    stop_at_step: int | None = Field(default=None, gt=0)  # save and end here, to go on later; null: at the last step
     decay_fraction: float = Field(default=0.2, ge=0, le=1)  # wsd: share of all steps spent decaying at the end
     final_fraction: float = Field(default=0.1, ge=0, le=1)  # linear, cosine, wsd: multiplier at the last step
 

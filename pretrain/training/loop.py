@@ -64,9 +64,13 @@ class TrainingLoop:
         return progress
 
     def _is_finished(self, progress: Progress) -> bool:
-        """After the last step, and where validation stopped improving; a run that is started again stays finished."""
+        """At the step to stop at, and where validation stopped improving; a run started again stays finished."""
         patience = self.config.evaluation.early_stopping_patience
-        return progress.step >= self.plan.total_steps or should_stop_early(progress, patience)
+        return progress.step >= self._last_step or should_stop_early(progress, patience)
+
+    @property
+    def _last_step(self) -> int:
+        return min(self.plan.total_steps, self.config.schedule.stop_at_step or self.plan.total_steps)
 
     def _step(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
         began = time.perf_counter()
@@ -81,7 +85,7 @@ class TrainingLoop:
         progress = progress.after_step(rows=rows, tokens=tokens)
         self.guard.observe(step=progress.step, first_row=first_row, end_row=first_row + rows, skipped=result.skipped)
         self.meter.count_step(tokens=tokens, data_seconds=data_seconds)
-        is_last = progress.step == self.plan.total_steps
+        is_last = progress.step == self._last_step
         if is_last or self._is_due(self.config.reporting.every_steps, progress):
             return self._report(progress, result, multiplier)
         if self.guard.must_read:

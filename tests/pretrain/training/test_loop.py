@@ -128,3 +128,14 @@ def test_skipped_steps_are_counted_and_end_the_run_when_they_pile_up(tmp_path: P
     with pytest.raises(DivergedError, match="steps in a row"):
         loop.run(Progress(), poisoned(steps_from(0)))
     assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 0, 1]
+
+
+def test_a_run_ends_at_the_step_to_stop_at_and_goes_on_from_there(tmp_path: Path) -> None:
+    loop, _ = build_loop(tmp_path, [5.0], schedule={"total_steps": 6, "stop_at_step": 2})
+    progress = loop.run(Progress(), steps_from(0))
+    assert progress.step == 2
+    assert saved_steps(loop) == [2]
+    whole, _ = build_loop(tmp_path / "whole", [5.0])
+    whole.run(Progress(), steps_from(0))
+    rates = [[line["learning_rate"] for line in lines(folder)[:2]] for folder in (tmp_path, tmp_path / "whole")]
+    assert rates[0] == rates[1]  # the schedule is that of all steps
