@@ -277,6 +277,48 @@ def verify(
     typer.echo(f"{dataset}: whole")
 
 
+@app.command()
+def upload(
+    dataset: Dataset,
+    url: Annotated[str, typer.Argument(help="Where it shall be: s3://, gs://, hf:// or file://.")],
+    read_back: Annotated[bool, typer.Option(help="Compare what the storage gives back, or only sizes.")] = True,
+    workers: Annotated[int, typer.Option(min=1, help="Files sent at a time.")] = 8,
+) -> None:
+    """Copy a dataset to a URL, manifests last; run again, it goes on where it stopped."""
+    from data_tools.transfer_progress import TransferProgress
+    from data_tools.upload import upload_dataset
+
+    with TransferProgress("uploading") as progress:
+        done = upload_dataset(dataset, url, read_back=read_back, workers=workers, on_progress=progress.advance)
+    typer.echo(f"{url}: {done.sent_bytes:,} bytes sent, {done.present_bytes:,} were there")
+
+
+@app.command()
+def stage(
+    url: Annotated[str, typer.Argument(help="A dataset, or a split: s3://, gs://, hf://, http(s):// or file://.")],
+    cache: Annotated[Path, typer.Option(help="Folder on a local disk that keeps staged datasets.")],
+    split: Annotated[list[Split] | None, typer.Option(help="Stage only this split; may be given again.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="Limit of the cache, such as 500GB; others go first.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Files fetched at a time.")] = 8,
+) -> None:
+    """Bring a dataset into a local cache, verified, and print its folder; run again, it fetches what is missing."""
+    from data_tools.dataset_cache import parse_size
+    from data_tools.stage import stage_dataset
+    from data_tools.transfer_progress import TransferProgress
+
+    with TransferProgress("staging") as progress:
+        staged = stage_dataset(
+            url,
+            cache,
+            splits=None if split is None else [one.value for one in split],
+            max_bytes=None if max_size is None else parse_size(max_size),
+            workers=workers,
+            on_progress=progress.advance,
+        )
+    typer.echo(f"fetched {staged.fetched_bytes:,} bytes" if staged.fetched_bytes else "nothing to fetch", err=True)
+    typer.echo(staged.folder)
+
+
 def main() -> int:
     """Run the command line and return the exit code."""
     try:

@@ -33,7 +33,9 @@ class TokenizerIdentity:
     """Which tokenizer made the tokens."""
 
     name: str
-    sha256: str  # of tokenizer.json
+    sha256: str  # of the file
+    file: str = "tokenizer.json"  # which one of the tokenizer's folder
+    settings_sha256: str | None = None  # of what that file does not say, for kinds that need more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +139,24 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise ShardError(
             f"{folder} holds no {MANIFEST_NAME}",
             "a folder that data-tools prepare or pack finished",
             "give the path of a dataset, or make it with data-tools prepare",
         ) from error
+    return parse_manifest(content, path)
+
+
+def parse_manifest(raw: bytes, path: Path | str) -> Manifest:
+    """Check the content of a manifest.json; `path` is what messages call it.
+
+    Raises:
+        ShardError: it is damaged, edited by hand, of another version, or names files outside the folder.
+    """
+    try:
+        content = json.loads(raw.decode("utf-8"))
     except ValueError as error:
         raise _damaged(path, f"is not JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -194,7 +207,7 @@ def _build(content: dict[str, Any]) -> Manifest:
     )
 
 
-def _check_contents(manifest: Manifest, path: Path) -> None:
+def _check_contents(manifest: Manifest, path: Path | str) -> None:
     if manifest.dtype not in ITEM_BYTES:
         raise _damaged(path, f"names dtype {manifest.dtype}, not one of {', '.join(ITEM_BYTES)}")
     if (manifest.kind == "packed") != (manifest.packing is not None):
@@ -212,7 +225,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return xxh3_128_hexdigest(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
 
 
-def _damaged(path: Path, how: str) -> ShardError:
+def _damaged(path: Path | str, how: str) -> ShardError:
     return ShardError(
         f"{path} {how}",
         "a manifest as data-tools wrote it",
