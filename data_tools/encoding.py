@@ -76,7 +76,7 @@ class CheckedFastEncoder:
         from gigatoken import Tokenizer
 
         try:
-            self._fast = Tokenizer.from_json(tokenizer.file.read_bytes())
+            self._fast = Tokenizer.from_json(tokenizer.tokenizer_json())
         except (RuntimeError, TypeError, KeyError) as error:
             raise ValueError(str(error).partition("\n")[0]) from error
         self._reference = tokenizer
@@ -145,6 +145,8 @@ def build_encoder(tokenizer: DocumentTokenizer, backend: Backend, *, threads: in
     problem = "gigatoken is not installed"
     if importlib.util.find_spec("gigatoken") is not None:
         try:
+            if not tokenizer.may_be_replaced:
+                raise ValueError("its own library alone normalises as it does")
             return CheckedFastEncoder(tokenizer, threads=threads)
         except ValueError as error:
             problem = f"gigatoken cannot use {tokenizer.file}: {error}"

@@ -1,14 +1,12 @@
-"""Loads a tokenizer and encodes documents with it, so that no text can pass for a special token.
+"""Loads a tokenizer of any kind; encodes with a tokenizer.json so that no text can pass for a special token.
 
 Training one is tokenizer_training.py's; needs the `tokenizers` package only, never transformers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +14,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.document_tokenizer import (
+    CONFIG_FILE,
+    CONVERSION_FILE,
+    TOKENIZER_FILE,
+    DocumentTokenizer,
+    read_settings,
+    sha256_of,
+    write_config,
+)
 from data_tools.errors import InputError
 from data_tools.manifest import TokenizerIdentity
+from data_tools.sentencepiece_model import SUFFIX as MODEL_SUFFIX
+from data_tools.sentencepiece_model import SentencePieceModel, is_sentencepiece
+from data_tools.tiktoken_ranks import SUFFIX as TIKTOKEN_SUFFIX
+from data_tools.tiktoken_ranks import TiktokenRanks
 
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
+__all__ = ["TOKENIZER_FILE", "DocumentTokenizer", "HuggingFaceTokenizer", "load_tokenizer", "write_config"]
+
 USUAL_EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
-class DocumentTokenizer:
-    """Encodes documents as text only, each followed by one EOS.
-
-    Attributes:
-        identity: name and sha256 for the manifest.
-        vocabulary_size: the largest id plus one.
-        eos_id: appended to every document; appears nowhere else.
-        marked_ids: of all special tokens; a library that matches them in texts gives itself away by these.
-    """
+class HuggingFaceTokenizer(DocumentTokenizer):
+    """A file `tokenizer.json`."""
 
     def __init__(self, file: Path, eos_token: str | None = None) -> None:
         from tokenizers import Tokenizer
@@ -56,7 +60,7 @@ class DocumentTokenizer:
         marked = {token.content for token in added if token.special}
         self.eos_token = _find_eos(file, vocabulary, marked, eos_token)
         self.eos_id = vocabulary[self.eos_token]
-        self.identity = TokenizerIdentity(name=file.resolve().parent.name, sha256=hashlib.sha256(content).hexdigest())
+        self.identity = TokenizerIdentity(name=file.resolve().parent.name, sha256=sha256_of(content))
         self._special = sorted(({*marked, self.eos_token} - self._unknown_tokens(content)) & set(vocabulary))
         self.marked_ids = sorted({self.eos_id, *(vocabulary[token] for token in marked)})
         self._is_special = np.zeros(self.vocabulary_size, bool)
@@ -78,13 +82,9 @@ class DocumentTokenizer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
-    def copy_to(self, folder: Path) -> None:
-        """Copy the tokenizer into a new folder; its configuration will name the EOS token."""
-        folder.mkdir()
-        shutil.copyfile(self.file, folder / TOKENIZER_FILE)
-        if (self.file.parent / CONFIG_FILE).is_file():
-            shutil.copyfile(self.file.parent / CONFIG_FILE, folder / CONFIG_FILE)
-        write_config(folder, self.eos_token)
+    def tokenizer_json(self) -> bytes:
+        """Return the content of the file."""
+        return self.file.read_bytes()
 
     def _encode_in_pieces(self, text: str) -> NDArray[np.int32]:
         """Encode a text in which the model itself reads a special token, by cutting every such token in two.
@@ -112,30 +112,35 @@ class DocumentTokenizer:
 
 
 def load_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenizer:
-    """Load a tokenizer from its folder or its tokenizer.json.
+    """Load a tokenizer: a tokenizer.json, a sentencepiece .model, ranks of tiktoken, or a folder with one of them.
 
     Raises:
         InputError: there is none, it cannot be read, or its EOS token is not known.
     """
-    file = path / TOKENIZER_FILE if path.is_dir() else path
+    file = _file_in(path) if path.is_dir() else path
     if not file.is_file():
         raise InputError(
             f"{file} does not exist",
-            f"a folder with {TOKENIZER_FILE}, or that file",
+            f"a folder with {TOKENIZER_FILE}, that file, a .model file of sentencepiece, or a {TIKTOKEN_SUFFIX} file",
             "make one with data-tools train-tokenizer, or save one with save_pretrained",
         )
-    return DocumentTokenizer(file, eos_token)
+    if file.suffix == MODEL_SUFFIX and is_sentencepiece(file):
+        return SentencePieceModel(file, eos_token)
+    if file.suffix in {MODEL_SUFFIX, TIKTOKEN_SUFFIX}:
+        return TiktokenRanks(file, eos_token)
+    return HuggingFaceTokenizer(file, eos_token)
 
 
-def write_config(folder: Path, eos_token: str) -> None:
-    """Write what transformers' AutoTokenizer needs beside tokenizer.json to know the EOS token; keep the rest of it."""
-    path = folder / CONFIG_FILE
-    if path.exists():
-        config = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config["eos_token"] = eos_token
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _file_in(folder: Path) -> Path:
+    """Return the file of a folder that decides: tokenizer.json, unless it was made of another one that is there."""
+    chosen = folder / TOKENIZER_FILE
+    if chosen.is_file():
+        record = read_settings(folder / CONVERSION_FILE)
+        origin = folder / Path(str(record.get("from"))).name
+        is_converted = record.get("sha256") == sha256_of(chosen.read_bytes())
+        return origin if is_converted and origin.is_file() else chosen
+    others = sorted(path for path in folder.iterdir() if path.suffix in {MODEL_SUFFIX, TIKTOKEN_SUFFIX})
+    return others[0] if len(others) == 1 else chosen
 
 
 def _find_eos(file: Path, vocabulary: dict[str, int], marked: set[str], eos_token: str | None) -> str:
