@@ -7,6 +7,7 @@ that is dataset_cache.py's.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -183,10 +184,11 @@ class RemoteFile:
         while start < stop:
             end = min(start + BLOCK_BYTES, stop)
             block = bytes(self._wait_for("_cat_file", "cat_file", self._path, start=start, end=end))
-            if not block:
+            if block:
+                yield block
+            if len(block) < end - start:  # `blocks` finds out why
                 return
-            yield block
-            start += len(block)
+            start = end
 
     def _stream_http(self, start: int, stop: int) -> Iterator[bytes]:
         stream = self._open_http({"Range": f"bytes={start}-{stop - 1}"})
@@ -204,12 +206,7 @@ class RemoteFile:
 
     def _open_http(self, headers: dict[str, str]) -> Any:
         headers = {"Accept-Encoding": "identity", **headers}
-        try:
-            return self._filesystem.open(self.url, block_size=0, size=1, headers=headers)
-        except Exception as error:
-            if getattr(error, "status", None) == 416:  # the range asked for lies behind the end
-                raise ChangedError(f"{self.url} is shorter than it should be") from error
-            raise
+        return self._filesystem.open(self.url, block_size=0, size=1, headers=headers)
 
     def _check_size(self, position: int, stop: int) -> None:
         """Tell a file that is shorter from a connection that was lost."""
@@ -240,6 +237,8 @@ class RemoteFile:
         """Return when it is time to try again; raise where that is of no use."""
         if isinstance(error, (FileNotFoundError, ChangedError, DataToolsError)):
             raise error
+        if _is_beyond_the_end(error):
+            raise ChangedError(f"{self.url} is shorter than {position} bytes") from error
         where = f"{self.url}{'' if position is None else f' (at byte {position})'}"
         if _is_refusal(error):
             raise StorageError(
@@ -270,6 +269,11 @@ def _is_refusal(error: Exception) -> bool:
         return True  # botocore's, which need not be installed
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     return isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUSES
+
+
+def _is_beyond_the_end(error: Exception) -> bool:
+    """Whether the range that was asked for does not exist: status 416, which s3fs turns into an invalid argument."""
+    return getattr(error, "status", None) == 416 or (isinstance(error, OSError) and error.errno == errno.EINVAL)
 
 
 def _open_filesystem(url: str, timeout_seconds: float) -> Any:
