@@ -1,0 +1,1 @@
+"""Tests of curation: recipes, steps, stages, the report, and where they run."""
