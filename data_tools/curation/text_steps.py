@@ -202,7 +202,10 @@ class _IpValidator:
             address = ipaddress.ip_address(match)
         except ValueError:
             return False
-        return address.is_global or not self._public_only
+        if not self._public_only:
+            return True
+        # of version 6 only what has been given out: a::b is an address, and C++
+        return address.is_global and (address.version == 4 or match[0] in "23")
 
 
 def _is_phone(match: str) -> bool:

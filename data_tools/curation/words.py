@@ -10,7 +10,9 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 # Scripts without spaces between words count by the character.
 _WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]|\w+(?:['’]\w+)*|[^\w\s]")
-_SENTENCE = regex.compile(r"\S[^.!?。！？।؟\n]*(?:[.!?。！？।؟]+(?=[\s\"'”’)\]]|$|[^\x00-\x7f])[\"'”’)\]]*|\n|$|[.!?])")
+_SENTENCE = regex.compile(
+    r"\S(?:[^\n.!?。！？।؟]|[.!?]+(?=[^\s\"'”’)\]]))*(?:[.!?。！？।؟]+[\"'”’)\]]*)?"  # 3.14 and e.g. go on
+)
 
 
 class RegexWordTokenizer(WordTokenizer):
