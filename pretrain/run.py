@@ -230,7 +230,11 @@ def _metadata(
         "parameters": engine.parameter_shapes(),
         "model_config": engine.model_config(),
         # relative to the checkpoint's own folder, so that a run folder can be moved
-        "tokenizer": {"folder": f"../../{tokenizer_folder.FOLDER}", "sha256": manifest.tokenizer.sha256},
+        "tokenizer": {
+            "folder": f"../../{tokenizer_folder.FOLDER}",
+            "file": manifest.tokenizer.file,
+            "sha256": manifest.tokenizer.sha256,
+        },
         "rows_consumed": rows.consumed(progress.samples_consumed),
         "trackers": reporter.tracker_state(),
         "run_config": config.model_dump(mode="json"),

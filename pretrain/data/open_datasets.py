@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.token_shards import Row, ShardError, TokenDataset, find_split, open_dataset, verify_dataset
+from data_tools.token_shards import (
+    Row,
+    ShardError,
+    TokenDataset,
+    TokenizerIdentity,
+    find_split,
+    open_dataset,
+    verify_dataset,
+)
 from pretrain.config import DataSection
 from pretrain.errors import DataError, Problem
 
@@ -159,16 +167,16 @@ def _tokenizer_problems(opened: Mapping[str, OpenedSource], tokenizer: str | Non
                 found, "one tokenizer and one EOS id for all datasets", f"prepare {place} again with the other"
             )
     if tokenizer is not None:
-        yield from _given_tokenizer_problems(Path(tokenizer), first_place, first.tokenizer.sha256)
+        yield from _given_tokenizer_problems(Path(tokenizer), first_place, first.tokenizer)
 
 
-def _given_tokenizer_problems(path: Path, place: str, wanted: str) -> Iterator[Problem]:
-    file = path / "tokenizer.json" if path.is_dir() else path
+def _given_tokenizer_problems(path: Path, place: str, identity: TokenizerIdentity) -> Iterator[Problem]:
+    file, wanted = path / identity.file if path.is_dir() else path, identity.sha256
     try:
         found = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
         yield Problem(
-            f"data.tokenizer: {file} cannot be read ({error})", "a folder with tokenizer.json", "check the path"
+            f"data.tokenizer: {file} cannot be read ({error})", f"{identity.file}, or its folder", "check the path"
         )
         return
     if found != wanted:

@@ -100,11 +100,12 @@ def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
     folder: Path | None = checkpoint.path / known["folder"] if "folder" in known else None
     if folder is None or not (folder / TOKENIZER_FILE).is_file():
         return None
-    digest = hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()
+    origin = folder / known.get("file", TOKENIZER_FILE)  # what tokenizer.json was made of, for some kinds
+    digest = hashlib.sha256(origin.read_bytes()).hexdigest() if origin.is_file() else "none"
     if digest != known["sha256"]:
         raise CheckpointError(
             Problem(
-                f"{folder.resolve() / TOKENIZER_FILE} has sha256 {digest[:12]}, the model knows {known['sha256'][:12]}",
+                f"{origin.resolve()} has sha256 {digest[:12]}, the model knows {known['sha256'][:12]}",
                 "the tokenizer that made the training data",
                 "bring the right one back",
             )
