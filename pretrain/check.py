@@ -9,15 +9,18 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pretrain.config import RunConfig
 from pretrain.errors import ConfigError
-from pretrain.models.pipeline_stages import bubble_fraction, stages_of_rank
+from pretrain.models.pipeline_stages import bubble_fraction, is_bidirectional, stages_of_rank
 from pretrain.run_plan import RunPlan, load_and_plan
+
+if TYPE_CHECKING:
+    from pretrain.data.reading_plan import ReadingPlan
 
 GIB = 2**30
 LONGEST_GRID = 64  # lines; a longer one is described, not drawn
@@ -35,11 +38,14 @@ def print_check(path: Path, overrides: Sequence[str], *, world_size: int, ranks_
         if as_json:
             _print_json({"problems": [dataclasses.asdict(problem) for problem in error.problems]})
         raise
+    reading = _plan_reading(config, plan)
     if as_json:
-        _print_json(plan_values(config, plan))
+        _print_json({**plan_values(config, plan), "data": dataclasses.asdict(reading) if reading else None})
         return
     console = Console()
     console.print(_facts_table(config, plan))
+    if reading is not None:
+        console.print(_reading_table(reading))
     if len(plan.stages) > 1:
         console.print(_stages_table(config, plan))
     console.print(_memory_table(plan))
@@ -50,7 +56,7 @@ def print_check(path: Path, overrides: Sequence[str], *, world_size: int, ranks_
         f"a {axis} group has ranks on several nodes of {ranks_of_node}: its traffic crosses the network in every layer"
         for axis in topology.axes_across_nodes(ranks_of_node)
     ]
-    for warning in [*plan.warnings, *across]:
+    for warning in [*plan.warnings, *(reading.warnings if reading else ()), *across]:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
 
 
@@ -97,6 +103,30 @@ def plan_values(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     }
 
 
+def _plan_reading(config: RunConfig, plan: RunPlan) -> ReadingPlan | None:
+    """What the run reads of each source; None where the data is not on this machine."""
+    if not all(Path(source.path).is_dir() for source in config.data.sources):
+        return None
+    from pretrain.data.reading_plan import plan_reading  # imports numpy
+
+    return plan_reading(
+        config.data,
+        sequence_length=config.batch.sequence_length,
+        vocabulary_size=plan.architecture.vocabulary_size,
+        seed=config.seed,
+        total_samples=plan.batch.step_to_samples(config.schedule.stop_at_step or plan.batch.total_steps),
+    )
+
+
+def _reading_table(reading: ReadingPlan) -> Table:
+    table = Table()
+    for number, title in enumerate(("training source", "rows of it", "rows read", "tokens read", "epochs")):
+        table.add_column(title, justify="right" if number else "left")
+    for name, given in reading.given.items():
+        table.add_row(name, f"{reading.rows[name]:,}", f"{given.rows:,}", f"{given.tokens:,}", f"{given.epochs:.2f}")
+    return table
+
+
 def _facts_table(config: RunConfig, plan: RunPlan) -> Table:
     table = Table(show_header=False)
     for name, value in _facts(config, plan):
@@ -130,18 +160,20 @@ def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
         + (f" (+ {flops.layers_forward:,} recomputed)" if config.execution.recomputation == "full" else ""),
     )
     yield "FLOPs of the run", f"{flops.training * batch.total_tokens:.3g}"
-    if config.parallel.pipeline > 1 and config.parallel.pipeline_schedule == "1f1b":
+    if config.parallel.pipeline > 1 and not is_bidirectional(config.parallel):
         waiting = bubble_fraction(config.parallel.pipeline, batch.accumulation)
         yield "bubble", f"{waiting:.1%} of a step, in which a pipeline stage waits"
 
 
 def _stages_table(config: RunConfig, plan: RunPlan) -> Table:
     """What each stage computes; ranks are counted along the pipeline, FLOPs for one token."""
-    table = Table()
+    table, ranks = Table(), config.parallel.pipeline
     for name in ("stage", "rank", "layers", "also", "parameters", "forward FLOPs"):
         table.add_column(name)
     rank_of = {
-        number: rank for rank in range(config.parallel.pipeline) for number in stages_of_rank(config.parallel, rank)
+        number: rank
+        for rank in range(ranks)
+        for number in stages_of_rank(rank, ranks, is_bidirectional(config.parallel))
     }
     for number, stage in enumerate(plan.stages):
         also = [name for name, here in (("embedding", stage.is_first), ("norm, head", stage.is_last)) if here]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pretrain.batch_plan import BatchPlan, build_batch_plan
 from pretrain.compatibility import choose_engine, find_conflicts
 from pretrain.config import RunConfig, load_config
+from pretrain.data.mixture_plan import mixture_problems
 from pretrain.engines.deepspeed_config import ownership_problems, read_deepspeed_file
 from pretrain.engines.pipeline_settings import pipeline_file_problems
 from pretrain.errors import ConfigError, Problem
@@ -20,7 +21,13 @@ from pretrain.models.architecture import Architecture, UnknownFamily, resolve_ar
 from pretrain.models.flops import TokenFlops, count_flops
 from pretrain.models.memory import Buffers, Layout, MemoryEstimate, Step, estimate_memory
 from pretrain.models.parameter_count import ParameterCount, count_parameters
-from pretrain.models.pipeline_stages import Stage, partition_run, pipeline_problems, pipeline_warnings
+from pretrain.models.pipeline_stages import (
+    Stage,
+    is_bidirectional,
+    partition_run,
+    pipeline_problems,
+    pipeline_warnings,
+)
 from pretrain.topology import Topology, build_topology
 
 Result = TypeVar("Result")
@@ -66,7 +73,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     Raises:
         ConfigError: with every problem of the model, the batch, the layout, the DeepSpeed file and their combination.
     """
-    problems = find_conflicts(config, world_size)
+    problems = [*find_conflicts(config, world_size), *mixture_problems(config.data)]
     engine, parallel, length = choose_engine(config, world_size), config.parallel, config.batch.sequence_length
     warnings = list(_missing_folders(config))
     topology = _attempt(
@@ -92,6 +99,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         data=topology.data,
         tensor=topology.tensor,
         pipeline=topology.pipeline,
+        is_bidirectional=is_bidirectional(parallel),
         sequence=topology.sequence,
         expert=parallel.expert,
         shards_weights=parallel.data_parallel == "shard",

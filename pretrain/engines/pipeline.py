@@ -28,7 +28,7 @@ from pretrain.models.architecture import resolve_architecture
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.pipeline_layers import describe_whole
-from pretrain.models.pipeline_stages import partition_run, stages_of_rank
+from pretrain.models.pipeline_stages import is_bidirectional, partition_run, stages_of_rank
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.topology import Topology
 
@@ -51,7 +51,7 @@ class PipelineEngine:
         deepspeed = import_deepspeed()
         self._config, self._device, self._topology = config, device, topology
         self._place = topology.coordinate(distributed.rank())
-        self._is_bidirectional = config.parallel.pipeline_schedule == "dualpipev"
+        self._is_bidirectional = is_bidirectional(config.parallel)
         self._stage = config.parallel.zero_stage
         settings = self._settings(accumulation, file_values)
         with quiet():
@@ -91,7 +91,8 @@ class PipelineEngine:
     def _build_stages(self, builder: ModelBuilder) -> OwnStages:
         config = self._config
         stages = partition_run(config, resolve_architecture(config.model, config.batch.sequence_length))
-        return OwnStages.build(builder, stages, stages_of_rank(config.parallel, self._place.pipeline), self._device)
+        own = stages_of_rank(self._place.pipeline, self._topology.pipeline, self._is_bidirectional)
+        return OwnStages.build(builder, stages, own, self._device)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""

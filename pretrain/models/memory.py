@@ -13,7 +13,7 @@ from typing import Literal
 from pretrain.models.activations import FP32_BYTES, attention_result_bytes, layer_bytes_per_token, norm_bytes
 from pretrain.models.architecture import Architecture
 from pretrain.models.parameter_count import ParameterCount
-from pretrain.models.pipeline_stages import Stage, partition_layers
+from pretrain.models.pipeline_stages import Stage, partition_layers, stages_of_rank
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MOMENTS = 2  # of AdamW
@@ -37,6 +37,7 @@ class Layout:
     data: int = 1  # ranks
     tensor: int = 1  # ranks
     pipeline: int = 1  # ranks
+    is_bidirectional: bool = False  # DualPipeV: a rank computes one stage on the way out and one on the way back
     sequence: int = 1  # ranks
     expert: int = 1  # of the data ranks, those that share the experts
     shards_weights: bool = False  # accelerate engine: FSDP2 instead of DDP
@@ -89,7 +90,7 @@ class MemoryEstimate:
     moments: int
     communication: int  # reduction buckets
     activations: int  # kept for backward
-    logits: int  # logits of one loss chunk, and the output head's gradient
+    logits: int  # logits of one loss chunk, and the output head's gradient; or a layer's backward, if that is more
     host: int = 0  # in the host's memory or on its disk instead: what is offloaded
 
     @property
@@ -106,16 +107,27 @@ def estimate_memory(shape: Architecture, count: ParameterCount, layout: Layout, 
     moments), 2 (gradients) and 3 (weights) on. Assumes sdpa or flash attention, which keep no T x T matrix, and no
     compilation.
     """
-    stages = partition_layers(shape, layout.pipeline, sequence_length=step.sequence_length, recomputes=step.recomputes)
-    estimates = [_stage_memory(shape, count, stages, place, layout, step) for place in range(layout.pipeline)]
+    number_of_stages = layout.pipeline * (2 if layout.is_bidirectional else 1)
+    stages = partition_layers(shape, number_of_stages, sequence_length=step.sequence_length, recomputes=step.recomputes)
+    estimates = [
+        _rank_memory(
+            shape, count, stages, stages_of_rank(place, layout.pipeline, layout.is_bidirectional), layout, step
+        )
+        for place in range(layout.pipeline)
+    ]
     return max(estimates, key=lambda estimate: estimate.total)
 
 
-def _stage_memory(
-    shape: Architecture, count: ParameterCount, stages: Sequence[Stage], place: int, layout: Layout, step: Step
+def _rank_memory(
+    shape: Architecture,
+    count: ParameterCount,
+    stages: Sequence[Stage],
+    own: Sequence[int],
+    layout: Layout,
+    step: Step,
 ) -> MemoryEstimate:
-    stage = stages[place]
-    shared, experts = _parameters_of_rank(shape, count, stage, layout)
+    """Of a rank that computes the stages of these numbers."""
+    shared, experts = _parameters_of_rank(shape, count, [stages[number] for number in own], layout)
     parameters = shared + experts
     # the ranks of one set of experts are fewer, so each holds a larger share of them
     shard = -(-shared // layout.shards) + -(-experts * layout.expert // layout.shards)
@@ -141,24 +153,27 @@ def _stage_memory(
         gradients=gradients,
         **optimizer,
         communication=_communication_bytes(parameters, layout, step),
-        activations=_activation_bytes(shape, stage, place, layout, step),
-        logits=_logit_bytes(shape, layout, step) if stage.is_last else 0,
+        activations=sum(_activation_bytes(shape, stages, number, layout, step) for number in own),
+        logits=_logit_bytes(shape, layout, step) if stages[own[-1]].is_last else 0,
         host=host,
     )
 
 
-def _parameters_of_rank(shape: Architecture, count: ParameterCount, stage: Stage, layout: Layout) -> tuple[int, int]:
-    """Parameters that one rank of a stage computes with, before ZeRO: all but the experts, and the experts.
+def _parameters_of_rank(
+    shape: Architecture, count: ParameterCount, own: Sequence[Stage], layout: Layout
+) -> tuple[int, int]:
+    """Parameters that one rank of some stages computes with, before ZeRO: all but the experts, and the experts.
 
     Tensor parallelism splits matrices and tables; norms, routers and positions are whole on every rank.
     """
-    layers = len(stage.layers)
+    layers = sum(len(stage.layers) for stage in own)
+    is_first, is_last = (any(ends) for ends in zip(*((stage.is_first, stage.is_last) for stage in own), strict=True))
     final_norm = shape.hidden_size * (2 if shape.norm_bias else 1)
     matrices = (count.attention + count.dense_mlp) * layers // shape.layers
     whole = (count.norms - final_norm + count.routers) * layers // shape.layers
-    whole += (count.positions if stage.is_first else 0) + (final_norm if stage.is_last else 0)
-    head = count.head or (0 if stage.is_first else count.embedding)  # a tied table lies on both sides of a pipeline
-    tables = (count.embedding if stage.is_first else 0) + (head if stage.is_last else 0)
+    whole += (count.positions if is_first else 0) + (final_norm if is_last else 0)
+    head = count.head or (0 if is_first else count.embedding)  # a tied table lies on both sides of a pipeline
+    tables = (count.embedding if is_first else 0) + (head if is_last else 0)
     experts = count.experts * layers // shape.layers // (layout.tensor * layout.expert)
     return (matrices + tables) // layout.tensor + whole, experts
 
@@ -204,27 +219,31 @@ def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
     return bucket * step.low * (2 if doubled else 1)
 
 
-def _activation_bytes(shape: Architecture, stage: Stage, place: int, layout: Layout, step: Step) -> int:
+def _activation_bytes(shape: Architecture, stages: Sequence[Stage], number: int, layout: Layout, step: Step) -> int:
     """Kept for backward by all micro-batches in flight.
 
     Recomputation keeps a layer's input, perhaps attention's result, and one layer whole. Stage p of n holds as many
-    micro-batches as there are stages from it to the end (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3).
+    micro-batches as there are stages from it to the end (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.3); so
+    it is in DeepSpeed's DualPipeV, whose stages are twice as many, counted along its schedule.
     """
+    stage = stages[number]
     tokens = step.micro_batch_size * step.sequence_length // layout.sequence
     layers = len(stage.layers)
     layer = layer_bytes_per_token(shape, low=step.low, tensor=layout.tensor)
     recomputed = -(-layers // step.recompute_every) if step.recomputes else 0
     again = shape.hidden_size * step.low + (attention_result_bytes(shape, low=step.low) if step.keeps_attention else 0)
-    kept = recomputed * again + (layers - recomputed) * layer + (layer if recomputed else 0)
-    final_norm = norm_bytes(shape, shape.hidden_size, low=step.low) if stage.is_last else 0
-    return tokens * (kept * (layout.pipeline - place) + final_norm)
+    kept = recomputed * again + (layers - recomputed) * layer
+    once = layer if recomputed else 0
+    once += norm_bytes(shape, shape.hidden_size, low=step.low) if stage.is_last else 0
+    return tokens * (kept * (len(stages) - number) + once)
 
 
 def _logit_bytes(shape: Architecture, layout: Layout, step: Step) -> int:
-    """The loss's own memory: see loss.py.
+    """What the loss works with, or a layer's backward if that is more: the two never lie side by side. See loss.py.
 
     In chunks: a chunk's logits as computed, in fp32, and their softmax, the gradient of the final hidden states and the
     head's gradient, summed in fp32. Otherwise the logits of all tokens: as computed, in fp32, log-softmax, gradients.
+    A layer that is run again takes the place of that memory.
     """
     tokens = step.micro_batch_size * step.sequence_length // layout.sequence
     copies = 0 if step.precision == "fp32" else step.low
@@ -232,4 +251,10 @@ def _logit_bytes(shape: Architecture, layout: Layout, step: Step) -> int:
         return tokens * shape.vocabulary_size * (3 * FP32_BYTES + 2 * copies) // layout.tensor
     chunk = min(tokens, step.chunk_tokens) * (2 * FP32_BYTES + copies)
     head = shape.hidden_size * (FP32_BYTES + step.low)
-    return shape.vocabulary_size * (chunk + head) // layout.tensor + tokens * shape.hidden_size * step.low
+    gradient = tokens * shape.hidden_size * step.low  # of the final hidden states, until the last layer has used it
+    of_loss = shape.vocabulary_size * (chunk + head) // layout.tensor + gradient
+    if step.recomputes:
+        of_loss -= tokens * layer_bytes_per_token(shape, low=step.low, tensor=layout.tensor)
+    width = max(shape.intermediate_size, shape.expert_intermediate_size, shape.attention_width)
+    of_layer = gradient + shape.hidden_size * width * step.low // layout.tensor  # one matrix's new gradient
+    return max(of_loss, of_layer)

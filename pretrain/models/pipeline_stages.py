@@ -97,15 +97,18 @@ def partition_run(config: RunConfig, shape: Architecture) -> tuple[Stage, ...]:
 
 
 def stages_of(parallel: ParallelSection) -> int:
-    """Into how many stages the layers are cut: in DualPipeV each rank computes one on the way out and one back."""
-    return parallel.pipeline * (2 if parallel.pipeline_schedule == "dualpipev" else 1)
+    """Into how many stages the layers are cut: in DualPipeV each rank computes two."""
+    return parallel.pipeline * (2 if is_bidirectional(parallel) else 1)
 
 
-def stages_of_rank(parallel: ParallelSection, place: int) -> tuple[int, ...]:
-    """The numbers of the stages that the rank at this place of the pipeline computes."""
-    if parallel.pipeline_schedule == "dualpipev":
-        return place, 2 * parallel.pipeline - 1 - place
-    return (place,)
+def is_bidirectional(parallel: ParallelSection) -> bool:
+    """Whether micro-batches travel out through one stage of each rank and back through another."""
+    return parallel.pipeline_schedule == "dualpipev"
+
+
+def stages_of_rank(place: int, ranks: int, is_bidirectional: bool) -> tuple[int, ...]:
+    """The numbers of the stages that the rank at this place of the pipeline computes, ascending."""
+    return (place, 2 * ranks - 1 - place) if is_bidirectional else (place,)
 
 
 def pipeline_problems(
@@ -124,7 +127,7 @@ def pipeline_problems(
         yield from _not_a_pipeline(parallel, engine)
         return
     stages = stages_of(parallel)
-    is_bidirectional = parallel.pipeline_schedule == "dualpipev"
+    has_two_each = is_bidirectional(parallel)
     if config.precision == "bf16" and parallel.zero_stage == 0:
         yield Problem(
             "bf16 in a pipeline with parallel.zero_stage 0: DeepSpeed would sum gradients in bf16 and lose small ones",
@@ -132,8 +135,8 @@ def pipeline_problems(
             "set parallel.zero_stage=1",
         )
     if shape is not None:
-        yield from _uncut(shape, stages, "2 on each rank of DualPipeV" if is_bidirectional else "one on each rank")
-    if is_bidirectional and fewest_micro_batches is not None and fewest_micro_batches < stages:
+        yield from _uncut(shape, stages, "2 on each rank of DualPipeV" if has_two_each else "one on each rank")
+    if has_two_each and fewest_micro_batches is not None and fewest_micro_batches < stages:
         yield Problem(
             f"DualPipeV on {parallel.pipeline} ranks with {fewest_micro_batches} micro-batches a step",
             f"at least {stages}, also at the start of a batch ramp: it fills its pipes from both ends",
@@ -148,7 +151,7 @@ def _not_a_pipeline(parallel: ParallelSection, engine: str) -> Iterator[Problem]
             "2 or more stages",
             "set parallel.pipeline=2, or parallel.engine=auto",
         )
-    if parallel.pipeline_schedule == "dualpipev":
+    if is_bidirectional(parallel):
         yield Problem(
             "parallel.pipeline_schedule is dualpipev, but parallel.pipeline is 1",
             "1f1b, or 2 or more ranks",

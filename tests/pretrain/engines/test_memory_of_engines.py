@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": 1024,
         "hidden_size": 128,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 8,
         "num_attention_heads": 4,
         "intermediate_size": 256,
     },
@@ -118,6 +118,8 @@ def held_and_predicted(parallel: tuple[tuple[str, Any], ...], precision: str) ->
     state = memory.weights + memory.gradients + memory.master_weights + memory.moments + memory.host
     # between micro-batches only FSDP2 keeps a table gathered: an embedding's inputs have no gradient to wait for
     gathered = memory.gathered_weights if plan.engine == "accelerate" else 0
+    if plan.engine == "pipeline":  # where other micro-batches are always on their way
+        gathered = memory.activations * config.parallel.pipeline
     return tuple(size / plan.parameters.total for size in (held, state, gathered))  # type: ignore[return-value]
 
 
