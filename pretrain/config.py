@@ -85,8 +85,9 @@ class Source(Section):
     """One corpus of a mixture."""
 
     path: str
-    weight: float = Field(default=1.0, gt=0)  # share of the samples, relative to the other sources' weights
+    weight: float | None = Field(default=None, ge=0)  # share of the rows, relative to the others' weights; null: 1
     name: str | None = None  # shown in reports; the folder's name where not given
+    max_epochs: float | None = Field(default=None, gt=0)  # then its share goes to the others; null: read for ever
 
 
 TrainingData = Annotated[
@@ -95,10 +96,28 @@ TrainingData = Annotated[
 ]
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class MixturePhase(Section):
+    """Other weights from a point of training on."""
+
+    from_tokens: int = Field(gt=0)  # seen by the whole run; rounded up to a whole row
+    weights: dict[str, Weight]  # name of a source -> weight, of every source; 0: it gives nothing
+
+
+class MixtureSection(Section):
+    """How the weights of the training sources come about, and when they change; see data/mixture_plan.py."""
+
+    temperature: float | None = Field(default=None, gt=0)  # T: weights are tokens ^ (1 / T) in place of given ones
+    phases: list[MixturePhase] = Field(default_factory=list)
+
+
 class DataSection(Section):
     """What to read."""
 
     train: TrainingData  # a dataset folder, or a list of sources
+    mixture: MixtureSection = MixtureSection()
     validation: dict[str, str] = Field(default_factory=dict)  # name -> dataset folder
     tokenizer: str | None = None  # folder; its hash must equal the datasets'; default: the one kept with the data
     verify: Literal["sizes", "hashes"] = "sizes"  # what is checked of every shard before the first step

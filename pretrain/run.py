@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pretrain.checkpoint.resume import choose_checkpoint
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, save_config
 from pretrain.data import tokenizer_folder
+from pretrain.data.ledger import ledger, ledger_values, order_record, require_enough, require_same_past
 from pretrain.data.loader import TrainingLoader, evaluation_batches
 from pretrain.data.open_datasets import OpenedData, open_datasets
 from pretrain.data.training_rows import TrainingRows
@@ -112,6 +114,7 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         keep_best=config.checkpoint.keep_best,
     )
     checkpoint = choose_checkpoint(store, resume)
+    rows = _training_rows(config, plan, data, checkpoint)
     if place.is_main_process:
         save_config(config, config.folder / "config.yaml")
         tokenizer_folder.keep_tokenizer(data.training[0], config.data.tokenizer, config.folder)
@@ -122,7 +125,6 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         progress = _restore(engine, checkpoint)
         reporter = _build_reporter(config, place, progress, checkpoint)
         closing.callback(lambda: reporter.close(outcome=outcome))
-        rows = TrainingRows(data.training, seed=config.seed)
         data_rank = plan.topology.coordinate(place.rank).data
         loader = TrainingLoader(
             rows,
@@ -144,6 +146,7 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
             meter=_build_meter(plan, place.device, progress),
             guard=Guard(config.guard),
             stop=stop,
+            data_values=partial(_data_values, rows) if place.is_main_process else None,
         )
         try:
             progress = loop.run(progress, closing.enter_context(loader))
@@ -152,6 +155,19 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
             raise
         outcome = "finished"
     return progress
+
+
+def _training_rows(config: RunConfig, plan: RunPlan, data: OpenedData, checkpoint: Checkpoint | None) -> TrainingRows:
+    """The rows of the run; refused where they run out, or where a checkpoint was trained on another order of them."""
+    rows = TrainingRows(data.training, seed=config.seed, phases=data.phases)
+    require_enough(rows, plan.batch.step_to_samples(config.schedule.stop_at_step or plan.batch.total_steps))
+    if checkpoint is not None and (recorded := checkpoint.manifest.metadata.get("data_order")):
+        require_same_past(rows, recorded, Progress.from_json(checkpoint.manifest.progress).samples_consumed)
+    return rows
+
+
+def _data_values(rows: TrainingRows, progress: Progress) -> dict[str, float | int]:
+    return ledger_values(rows, progress.samples_consumed)
 
 
 def _validation_sets(
@@ -235,7 +251,8 @@ def _metadata(
             "file": manifest.tokenizer.file,
             "sha256": manifest.tokenizer.sha256,
         },
-        "rows_consumed": rows.consumed(progress.samples_consumed),
+        "data_ledger": {name: asdict(given) for name, given in ledger(rows, progress.samples_consumed).items()},
+        "data_order": order_record(rows, progress.samples_consumed),
         "trackers": reporter.tracker_state(),
         "run_config": config.model_dump(mode="json"),
     }

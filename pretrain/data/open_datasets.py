@@ -6,9 +6,8 @@ Does not decide which rows are read when (training_rows.py), nor read any token 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools.token_shards import (
@@ -21,6 +20,15 @@ from data_tools.token_shards import (
     verify_dataset,
 )
 from pretrain.config import DataSection
+from pretrain.data.mixture import Phase
+from pretrain.data.mixture_plan import (
+    first_sample,
+    initial_weights,
+    mixture_problems,
+    phase_weights,
+    row_limit,
+    source_name,
+)
 from pretrain.errors import DataError, Problem
 
 
@@ -29,10 +37,11 @@ class OpenedSource:
     """A dataset that was checked."""
 
     name: str
-    weight: float  # relative to the other training sources; 1 for a validation set
+    weight: float  # relative to the other training sources at the start; 1 for a validation set
     dataset: TokenDataset
     sequence_length: int  # tokens a row
     rows: int
+    row_limit: int | None = None  # rows that it may give to training; None: it is read again and again
 
     def row(self, index: int) -> Row:
         """Read one row; safe to call from several threads.
@@ -54,6 +63,7 @@ class OpenedData:
 
     training: tuple[OpenedSource, ...]
     validation: Mapping[str, OpenedSource]
+    phases: tuple[Phase, ...] = ()  # other weights of the training sources, later on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +72,6 @@ class _Wanted:
     name: str
     path: str
     split: str
-    weight: float
 
 
 def open_datasets(
@@ -82,7 +91,7 @@ def open_datasets(
     if check_hashes is None:
         check_hashes = data.verify == "hashes"
     wanted = [*_training_sources(data), *_validation_sets(data)]
-    problems = list(_name_problems(wanted))
+    problems = mixture_problems(data)
     opened: dict[str, OpenedSource] = {}
     for source in wanted:
         try:
@@ -93,29 +102,33 @@ def open_datasets(
     problems += _tokenizer_problems(opened, data.tokenizer)
     if problems:
         raise DataError(*problems)
+    training = [opened[source.place] for source in wanted if source.split == "train"]
+    weights = initial_weights(data, [source.dataset.token_count for source in training])
     return OpenedData(
-        training=tuple(opened[source.place] for source in wanted if source.split == "train"),
+        training=tuple(
+            replace(source, weight=weight, row_limit=row_limit(asked, source.rows))
+            for source, weight, asked in zip(training, weights, data.sources, strict=True)
+        ),
         validation={source.name: opened[source.place] for source in wanted if source.split == "validation"},
+        phases=_phases(data, sequence_length),
     )
+
+
+def _phases(data: DataSection, sequence_length: int) -> tuple[Phase, ...]:
+    """Later weights by the row that they begin with; of two that begin with the same one, the second holds."""
+    by_sample = {first_sample(phase, sequence_length): phase_weights(data, phase) for phase in data.mixture.phases}
+    return tuple(Phase(first_sample=sample, weights=weights) for sample, weights in by_sample.items())
 
 
 def _training_sources(data: DataSection) -> Iterator[_Wanted]:
     for index, source in enumerate(data.sources):
         place = "data.train" if isinstance(data.train, str) else f"data.train[{index}]"
-        name = source.name or Path(source.path).name
-        yield _Wanted(place=place, name=name, path=source.path, split="train", weight=source.weight)
+        yield _Wanted(place=place, name=source_name(source), path=source.path, split="train")
 
 
 def _validation_sets(data: DataSection) -> Iterator[_Wanted]:
     for name, path in data.validation.items():
-        yield _Wanted(place=f"data.validation.{name}", name=name, path=path, split="validation", weight=1.0)
-
-
-def _name_problems(wanted: list[_Wanted]) -> Iterator[Problem]:
-    for name, count in Counter(source.name for source in wanted if source.split == "train").items():
-        if count > 1:
-            change = "give each of them a name: data.train: [{path: ..., name: ...}]"
-            yield Problem(f"{count} training sources are called {name!r}", "a name for each, for the reports", change)
+        yield _Wanted(place=f"data.validation.{name}", name=name, path=path, split="validation")
 
 
 def _open(source: _Wanted, sequence_length: int, *, check_hashes: bool) -> OpenedSource:
@@ -138,9 +151,7 @@ def _open(source: _Wanted, sequence_length: int, *, check_hashes: bool) -> Opene
         problems.append(Problem(found, "at least one document", "prepare it from texts, or with a larger split"))
     if problems:
         raise DataError(*problems)
-    return OpenedSource(
-        name=source.name, weight=source.weight, dataset=dataset, sequence_length=sequence_length, rows=rows
-    )
+    return OpenedSource(name=source.name, weight=1.0, dataset=dataset, sequence_length=sequence_length, rows=rows)
 
 
 def _vocabulary_problems(opened: Mapping[str, OpenedSource], vocabulary_size: int) -> Iterator[Problem]:

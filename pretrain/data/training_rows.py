@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.token_shards import Row
-from pretrain.data.mixture import Integers, Mixture
+from pretrain.data.interleaving import Integers
+from pretrain.data.mixture import Mixture, Phase
 from pretrain.data.open_datasets import OpenedSource
 from pretrain.data.sample_order import SampleOrder
 
@@ -25,22 +26,25 @@ class Location(NamedTuple):
 
 
 class TrainingRows:
-    """The rows of all training sources in the order of training: a pure function of sources, weights and seed.
+    """The rows of all training sources in the order of training: a pure function of sources, weights, phases and seed.
 
     A source's order depends on its place in the list, not on its name or path, so that data may be moved.
     """
 
-    def __init__(self, sources: Sequence[OpenedSource], *, seed: int) -> None:
+    def __init__(self, sources: Sequence[OpenedSource], *, seed: int, phases: Sequence[Phase] = ()) -> None:
         self.sources = tuple(sources)
+        self.seed = seed
         self.sequence_length = self.sources[0].sequence_length  # tokens
-        self._mixture = Mixture([source.weight for source in sources])
+        self.mixture = Mixture(
+            [source.weight for source in sources], later=phases, limits=[source.row_limit for source in sources]
+        )
         self._orders = [
             SampleOrder(rows=source.rows, seed=seed, stream=place) for place, source in enumerate(self.sources)
         ]
 
     def locate(self, samples: Integers) -> list[Location]:
         """Find the samples of these indices (counted from the start of training); many at once cost little more."""
-        sources, indices = self._mixture.locate(samples)
+        sources, indices = self.mixture.locate(samples)
         rows = np.empty_like(indices)
         for source in np.unique(sources):
             members = sources == source
@@ -57,8 +61,3 @@ class TrainingRows:
             DataError: a row cannot be read.
         """
         return [self.sources[location.source].row(location.row) for location in locations]
-
-    def consumed(self, samples_consumed: int) -> dict[str, int]:
-        """The ledger: rows that each source, by name, has given once so many samples were read in all."""
-        counts = self._mixture.consumed(samples_consumed)
-        return {source.name: count for source, count in zip(self.sources, counts, strict=True)}

@@ -38,6 +38,7 @@ class TrainingLoop:
     meter: StepMeter
     guard: Guard
     stop: StopRequest
+    data_values: Callable[[Progress], dict[str, float | int]] | None = None  # of a line: what the sources have given
 
     def run(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
         """Train until the last step, an early stop, or a request to stop.
@@ -100,6 +101,8 @@ class TrainingLoop:
             learning_rate=multiplier * self.config.optimizer.learning_rate,
             skipped_steps=progress.skipped_steps,
         )
+        if self.data_values is not None:
+            values.update(self.data_values(progress))
         self.reporter.report(progress.step, values)
         self.guard.is_spike(progress.step, float(values["loss"]))
         return progress
