@@ -27,18 +27,20 @@ def lengths(box: Box) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in box)
 
 
-def merge_dimensions(shape: tuple[int, ...], box: Box) -> tuple[tuple[int, ...], Box]:
-    """The same elements in the same order with as few dimensions as can be: a box of whole rows becomes one range."""
+def merge_dimensions(shape: tuple[int, ...], *boxes: Box) -> tuple[tuple[int, ...], tuple[Box, ...]]:
+    """The same elements in the same order with as few dimensions as can be: boxes of whole rows become ranges."""
     merged_shape: list[int] = []
-    merged_box: list[tuple[int, int]] = []
-    for length, (start, stop) in zip(shape, box, strict=True):
-        if merged_shape and (start, stop) == (0, length):
+    merged: list[list[tuple[int, int]]] = [[] for _ in boxes]
+    for place, length in enumerate(shape):
+        if merged_shape and all(box[place] == (0, length) for box in boxes):
             merged_shape[-1] *= length
-            merged_box[-1] = (merged_box[-1][0] * length, merged_box[-1][1] * length)
+            for sides in merged:
+                sides[-1] = (sides[-1][0] * length, sides[-1][1] * length)
         else:
             merged_shape.append(length)
-            merged_box.append((start, stop))
-    return tuple(merged_shape) or (1,), tuple(merged_box) or ((0, 1),)
+            for sides, box in zip(merged, boxes, strict=True):
+                sides.append(box[place])
+    return tuple(merged_shape) or (1,), tuple(tuple(sides) or ((0, 1),) for sides in merged)
 
 
 def rectangles(shape: tuple[int, ...], start: int, count: int) -> Iterator[tuple[int, Box]]:

@@ -61,3 +61,8 @@ class LogicalState(Protocol):
 
     def read_run(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
         """Elements [start, start + count) of the flattened whole tensor, (count,) fp32, on the CPU."""
+
+    def read_box_run(
+        self, name: str, kind: str, box: tuple[tuple[int, int], ...], start: int, count: int
+    ) -> torch.Tensor:
+        """Elements [start, start + count) of a flattened box of the tensor, (count,) fp32, on the CPU."""

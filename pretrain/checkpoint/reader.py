@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from pretrain.checkpoint.boxes import Box, find_coverage_fault, intersect, lengths, merge_dimensions, rectangles
 from pretrain.checkpoint.fragment_file import ITEM_BYTES, StoredFragment, read_fragment_table
-from pretrain.checkpoint.fragments import MASTER, element_count
+from pretrain.checkpoint.fragments import MASTER, element_count, whole_box
 from pretrain.checkpoint.manifest import Manifest, read_manifest
 from pretrain.errors import CheckpointError, Problem
 
@@ -73,7 +73,12 @@ class Checkpoint:
 
     def read_run(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
         """Elements [start, start + count) of the flattened whole tensor, (count,) fp32, on the CPU."""
-        assert 0 <= start <= start + count <= element_count(self.shape(name)), f"{name}: run beyond the tensor"
+        return self.read_box_run(name, kind, whole_box(self.shape(name)), start, count)
+
+    def read_box_run(self, name: str, kind: str, box: Box, start: int, count: int) -> torch.Tensor:
+        """Elements [start, start + count) of a flattened box of the tensor, (count,) fp32, on the CPU."""
+        assert 0 <= start <= start + count <= element_count(lengths(box)), f"{name}: run beyond the box"
+        assert intersect(box, whole_box(self.shape(name))) in (box, None), f"{name}: box beyond the tensor"
         pieces = self._pieces.get((name, kind))
         if pieces is None and element_count(self.shape(name)):
             raise CheckpointError(
@@ -85,7 +90,7 @@ class Checkpoint:
             )
         values = torch.empty(count, dtype=torch.float32)
         for piece in pieces or () if count else ():
-            self._copy_common(piece, start, values)
+            self._copy_common(piece, box, start, values)
         return values
 
     def require_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -124,12 +129,12 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _copy_common(self, piece: StoredFragment, start: int, values: torch.Tensor) -> None:
-        """Copy what a stored fragment and the wanted run share; both are at most a few boxes of the whole tensor."""
-        shape, box = merge_dimensions(piece.record.shape, piece.record.run.box)
-        for wanted_offset, wanted in rectangles(shape, start, values.numel()):
-            for held_offset, inner in rectangles(lengths(box), piece.record.run.start, piece.record.run.count):
-                held = tuple((low + edge, high + edge) for (low, high), (edge, _) in zip(inner, box, strict=True))
+    def _copy_common(self, piece: StoredFragment, box: Box, start: int, values: torch.Tensor) -> None:
+        """Copy what a stored fragment and the wanted run of a box share; both are at most a few rectangles."""
+        stored = piece.record.run
+        _, (stored_box, wanted_box) = merge_dimensions(piece.record.shape, stored.box, box)
+        for wanted_offset, wanted in _placed(wanted_box, start, values.numel()):
+            for held_offset, held in _placed(stored_box, stored.start, stored.count):
                 common = intersect(wanted, held)
                 if common is None:
                     continue
@@ -214,6 +219,12 @@ def _find_fault(shape: tuple[int, ...] | None, pieces: Iterable[StoredFragment])
         if record.shape != shape:
             return f"a fragment says shape {record.shape}, the manifest {shape}"
     return find_coverage_fault(shape, [record.run for record in records])
+
+
+def _placed(box: Box, start: int, count: int) -> Iterator[tuple[int, Box]]:
+    """A run of a flattened box as (offset within the run, rectangle of the whole tensor)."""
+    for offset, inner in rectangles(lengths(box), start, count):
+        yield offset, tuple((low + edge, high + edge) for (low, high), (edge, _) in zip(inner, box, strict=True))
 
 
 def _select(values: torch.Tensor, held: Box, common: Box) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO, stages 0 to 3, data parallel.
+"""DeepSpeed ZeRO, stages 0 to 3, over data ranks; each may be several tensor ranks that share one model.
 
 DeepSpeed runs forward, backward, reduction and update. We own the loss weight (so that the loss is the mean over the
 target tokens of the global batch), the accumulation boundary, the learning rate, and the state's logical form.
@@ -12,19 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from pretrain import distributed
-from pretrain.checkpoint.fragments import KINDS, Fragment, LogicalState, whole_box
+from pretrain.checkpoint.fragments import KINDS, Fragment, LogicalState
 from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
-from pretrain.engines.zero_state import LocalRun, ReplicatedState, zero_state
+from pretrain.engines.rank_groups import RankGroups
+from pretrain.engines.sequence_parallel import share_rows
+from pretrain.engines.zero_model import build_zero_model
+from pretrain.engines.zero_state import LocalRun, ReplicatedState, ZeroState, zero_state
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
-from pretrain.models.training_model import TrainingModel
+from pretrain.models.sharding import logical_shape, shard_of
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.random_streams import stream_seed
 from pretrain.topology import Topology
@@ -54,68 +58,88 @@ class ZeroEngine:
         self._config = config
         self._device = device
         self._ranks = topology.data
+        self._place = topology.coordinate(distributed.rank())
+        self._tensor = topology.tensor
         self._stage = config.parallel.zero_stage
         settings = build_deepspeed_config(
             config, accumulation=accumulation, data_parallel=self._ranks, file_values=file_values
         )
+        if self._stage == 0:  # it knows neither whose gradients are whole, nor a norm in fp32: see _Clipper
+            settings["gradient_clipping"] = 0.0
         with quiet():
             deepspeed.init_distributed(
                 dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
             )
-        self._model = _build(deepspeed, builder, settings, self._stage, device)
+        self._groups = RankGroups(topology) if topology.tensor > 1 else None
+        self._sequence = share_rows(config, topology)  # sequence parallelism, where the run has it
+        self._model = build_zero_model(deepspeed, builder, settings, device, self._groups)
+        if self._sequence:
+            self._sequence.take_over(self._model)
         parameters = {
             self._model.logical_name(name): weight
             for name, weight in self._model.named_parameters()
             if weight.requires_grad
         }
-        # ZeRO-3 leaves empty tensors in place of weights and keeps their shapes beside them
-        self._shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in parameters.items()}
+        self._shapes = {name: logical_shape(weight) for name, weight in parameters.items()}
+        optimizer = build_optimizer(parameters.items(), config.optimizer)
         # DeepSpeed collects garbage six times while it starts: what lives now lives to the end, so leave it out
         gc.freeze()
         with quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=self._model,
-                optimizer=build_optimizer(parameters.items(), config.optimizer),
+                optimizer=optimizer,
                 config=settings,
+                mpu=self._sequence.groups if self._sequence else self._groups,
                 dist_init_required=False,
             )
+        # stages 1 and 2 divide gradients by the data-parallel ranks alone, 0 and 3 by all ranks that share tokens
+        self._averaged = self._ranks * (config.parallel.sequence if self._stage in (0, 3) else 1)
+        self._parameters = parameters
         self._state = zero_state(self._stage, self._engine, parameters)
-        # DeepSpeed neither reports a norm nor skips a non-finite step in this one case, so we do
-        self._checks_gradients = self._stage == 0 and config.precision == "fp32"
+        self._clipper = _Clipper(self._state, parameters, self._groups, config.optimizer.clip_norm)
+        if self._stage == 0:
+            optimizer.register_step_pre_hook(self._clipper)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
         engine = self._engine
         engine.train()
         targets = torch.tensor(float(sum(batch.target_count for batch in micro_batches)), device=self._device)
-        targets = distributed.all_reduce_sum(targets).clamp(min=1)
+        targets /= self._config.parallel.sequence  # whose ranks count the same rows
+        targets = self._sum_over_data(targets).clamp(min=1)
         # DeepSpeed averages gradients over ranks: undo that, for ours is one mean over the global batch
-        weight = self._ranks / targets
+        weight = self._averaged / targets
         sums = torch.zeros(2, device=self._device)
         for index, batch in enumerate(micro_batches):
-            torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index * self._ranks + distributed.rank()))
+            torch.manual_seed(stream_seed(self._config.seed, "dropout", step, self._dropout_stream(index)))
             engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss_sum, z_loss_sum = engine(batch.to(self._device))
+            part = self._sequence.take(batch) if self._sequence else batch
+            loss_sum, z_loss_sum = engine(part.to(self._device))
             loss = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
             engine.backward(loss, scale_wrt_gas=False)
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         norm, skipped = self._update()
-        loss, z_loss = distributed.all_reduce_sum(sums) / targets
+        loss, z_loss = self._sum_over_data(sums) / targets
         return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=skipped, counters=self._counters())
 
-    def _update(self) -> tuple[torch.Tensor, bool]:
+    def _update(self) -> tuple[torch.Tensor, torch.Tensor | bool]:
         engine = self._engine
-        if self._checks_gradients:
-            gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if not bool(norm.isfinite()):
-                engine.zero_grad()
-                return norm, True
-            engine.step()
-            return norm, False
         engine.step()
+        if self._stage == 0:
+            # DeepSpeed's bf16 optimizer does not get as far as the clipper where it finds a non-finite gradient
+            norm = self._clipper.norm if engine.was_step_applied() else torch.tensor(torch.inf)
+            return norm, ~norm.isfinite()
         norm = engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32), not engine.was_step_applied()
+
+    def _sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Over data ranks; the tensor ranks of each have the same."""
+        return distributed.all_reduce_sum(values) / self._tensor
+
+    def _dropout_stream(self, index: int) -> int:
+        """Of a micro-batch: tensor ranks, which compute the same tokens, draw the same numbers."""
+        parts = self._config.parallel.sequence
+        return (index * self._ranks + self._place.data) * parts + self._place.sequence
 
     def _counters(self) -> dict[str, float]:
         return {"loss_scale": float(self._engine.optimizer.loss_scale)} if self._config.precision == "fp16" else {}
@@ -123,8 +147,9 @@ class ZeroEngine:
     def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
         """See Engine."""
         self._engine.eval()
-        sums = sum_losses(self._engine, micro_batches, self._device)
-        loss, targets = distributed.all_reduce_sum(sums).tolist()
+        parts = map(self._sequence.take, micro_batches) if self._sequence else micro_batches
+        sums = sum_losses(self._engine, parts, self._device)
+        loss, targets = self._sum_over_data(sums).tolist()
         return EvaluationResult(loss_sum=loss, target_count=int(targets))
 
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
@@ -143,8 +168,9 @@ class ZeroEngine:
         """See Engine."""
         self._state.create_moments()
         for run in self._state.runs():
+            is_given_elsewhere = self._place.tensor > 0 and shard_of(self._parameters[run.name]) is None
             for kind in KINDS:
-                if run.count:
+                if run.count and not is_given_elsewhere:
                     yield _fragment(run, kind)
 
     def scalar_state(self) -> dict[str, Any]:
@@ -162,7 +188,8 @@ class ZeroEngine:
         held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs()
         for run in held:
             for kind in KINDS:
-                run.tensors[kind].copy_(state.read_run(run.name, kind, run.start, run.count))
+                values = state.read_box_run(run.name, kind, run.box, run.start, run.count)
+                run.tensors[kind].copy_(values)
         self._state.publish_masters()
         for key, value in state.scalars.get("loss_scaler", {}).items():
             setattr(self._engine.optimizer.loss_scaler, key, value)
@@ -170,22 +197,47 @@ class ZeroEngine:
     def close(self) -> None:
         """See Engine."""
         self._engine.destroy()
+        if self._sequence:
+            self._sequence.close()
+        if self._groups:
+            self._groups.close()
         gc.unfreeze()
 
 
-def _build(
-    deepspeed: Any, builder: ModelBuilder, settings: dict[str, Any], stage: int, device: torch.device
-) -> TrainingModel:
-    """The model with its starting weights; at stage 3 no rank ever holds more than one module's weights whole."""
-    if stage < 3:
-        return builder.build(device)
-    with deepspeed.zero.Init(config_dict_or_path=settings):
-        model = builder.construct()
-    builder.fill(model, gather=lambda weights: deepspeed.zero.GatheredParameters(weights, modifier_rank=0))
-    return model
+class _Clipper:
+    """Before an update without ZeRO: find the norm of the whole gradient, clip, let nothing non-finite through."""
+
+    def __init__(
+        self,
+        state: ZeroState,
+        parameters: Mapping[str, nn.Parameter],
+        groups: RankGroups | None,
+        clip_norm: float | None,
+    ) -> None:
+        self.norm = torch.zeros(())  # of the last update
+        self._groups, self._clip_norm = groups, clip_norm
+        self._counted: list[torch.Tensor] = []
+        if isinstance(state, ReplicatedState):
+            is_first = groups is None or groups.get_model_parallel_rank() == 0
+            self._counted = [
+                master
+                for name, master in state.masters.items()
+                if is_first or shard_of(parameters[name]) is not None  # whole ones are equal on all tensor ranks
+            ]
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """The optimizer's hook before a step."""
+        self.norm = torch.nn.utils.get_total_norm([weight.grad for weight in self._counted if weight.grad is not None])
+        if self._groups is not None:
+            self.norm = self._groups.tensor_ranks.sum(self.norm.float().square()).sqrt()
+        # the kernel divides by the one, and leaves all as it was where the other is not zero
+        scale = torch.clamp((self.norm + 1e-6) / self._clip_norm, min=1.0) if self._clip_norm else torch.ones(())
+        scale, found = scale.float().to(self.norm.device), (~self.norm.isfinite()).float()
+        vars(optimizer).update(grad_scale=scale, found_inf=found)
 
 
 def _fragment(run: LocalRun, kind: str) -> Fragment:
     assert run.count <= math.prod(run.shape)
     values = run.tensors[kind].detach().to("cpu", torch.float32)
-    return Fragment(name=run.name, kind=kind, shape=run.shape, box=whole_box(run.shape), start=run.start, values=values)
+    return Fragment(name=run.name, kind=kind, shape=run.shape, box=run.box, start=run.start, values=values)

@@ -16,17 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain.checkpoint.fragments import FIRST_MOMENT, MASTER, SECOND_MOMENT
+from pretrain.checkpoint.fragments import FIRST_MOMENT, MASTER, SECOND_MOMENT, whole_box
+from pretrain.models.sharding import logical_shape, shard_of
 
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 
 
+Box = tuple[tuple[int, int], ...]  # (start, stop) along each dimension
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocalRun:
-    """This rank's elements [start, start + count) of one flattened logical tensor."""
+    """This rank's elements [start, start + count) of one flattened box of a logical tensor."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the logical tensor
+    box: Box  # what the tensor ranks of this place hold
     start: int
     count: int
     tensors: Mapping[str, torch.Tensor]  # kind -> flat view of `count` elements, written in place
@@ -79,37 +84,38 @@ class ReplicatedState(ZeroState):
 
     def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(engine, parameters)
-        self._masters = dict(parameters)
+        self.masters = dict(parameters)
         if hasattr(self._optimizer, "fp32_groups"):  # bf16: DeepSpeed's FP16_UnfusedOptimizer, one master a weight
             pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
             master_of = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
-            self._masters = {name: master_of[id(low)] for name, low in parameters.items()}
+            self.masters = {name: master_of[id(low)] for name, low in parameters.items()}
             # its constructor takes an optimizer step with zero gradients, which decays weights and counts as a step
             self._base_optimizer.state.clear()
             with torch.no_grad():
                 for name, low in parameters.items():
-                    self._masters[name].copy_(low)
+                    self.masters[name].copy_(low)
 
     def runs(self) -> Iterator[LocalRun]:
         """See ZeroState."""
         rank, ranks = dist.get_rank(self._engine.data_parallel_group), self._engine.dp_world_size
-        for name, master in self._masters.items():
+        for name, master in self.masters.items():
             share = math.ceil(master.numel() / ranks)
             start = min(rank * share, master.numel())
             yield self._run(name, start, min(share, master.numel() - start))
 
     def whole(self) -> Iterator[LocalRun]:
         """Every tensor in full, to be written on every rank."""
-        for name, master in self._masters.items():
+        for name, master in self.masters.items():
             yield self._run(name, 0, master.numel())
 
     def _run(self, name: str, start: int, count: int) -> LocalRun:
-        master = self._masters[name]
+        master = self.masters[name]
         state = self._base_optimizer.state[master]
         tensors = {MASTER: master.data, **{kind: state[kind] for kind in MOMENTS}}
         return LocalRun(
             name=name,
-            shape=tuple(master.shape),
+            shape=logical_shape(self._parameters[name]),
+            box=held_box(self._parameters[name]),
             start=start,
             count=count,
             tensors={kind: tensor.view(-1).narrow(0, start, count) for kind, tensor in tensors.items()},
@@ -119,7 +125,7 @@ class ReplicatedState(ZeroState):
     def publish_masters(self) -> None:
         """See ZeroState."""
         for name, low in self._parameters.items():
-            low.copy_(self._masters[name])
+            low.copy_(self.masters[name])
 
 
 class PartitionedState(ZeroState):
@@ -138,7 +144,8 @@ class PartitionedState(ZeroState):
             tensors = {MASTER: partition.data, **{kind: state[kind] for kind in MOMENTS}}
             yield LocalRun(
                 name=name,
-                shape=tuple(parameter.shape),
+                shape=logical_shape(parameter),
+                box=held_box(parameter),
                 start=mapping.lp_fragment_address.start,
                 count=held.numel,
                 tensors={kind: tensor.narrow(0, held.start, held.numel) for kind, tensor in tensors.items()},
@@ -158,15 +165,16 @@ class ShardedState(ZeroState):
 
     def runs(self) -> Iterator[LocalRun]:
         """See ZeroState."""
-        rank = self._engine.global_rank
         for name, parameter in self._parameters.items():
+            rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
             tensors = {kind: self._shard(parameter, kind) for kind in (MASTER, *MOMENTS)}
             length = tensors[MASTER].numel()
             start = min(length * rank, parameter.ds_numel)  # type: ignore[attr-defined]
             count = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]
             yield LocalRun(
                 name=name,
-                shape=tuple(parameter.ds_shape),  # type: ignore[attr-defined]
+                shape=logical_shape(parameter),
+                box=held_box(parameter),
                 start=start,
                 count=count,
                 tensors={kind: tensor.narrow(0, 0, count) for kind, tensor in tensors.items()},
@@ -190,6 +198,12 @@ class ShardedState(ZeroState):
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+
+def held_box(parameter: nn.Parameter) -> Box:
+    """The slice of the logical tensor that the ranks of one tensor place hold together."""
+    shard = shard_of(parameter)
+    return whole_box(logical_shape(parameter)) if shard is None else shard.box
 
 
 def zero_state(stage: int, engine: Any, parameters: Mapping[str, nn.Parameter]) -> ZeroState:

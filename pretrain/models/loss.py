@@ -8,6 +8,8 @@ Legend: N tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,16 @@ from pretrain.models.batch import IGNORED_LABEL
 CPU_BLOCK_ELEMENTS = 1 << 21  # fp32 numbers: measured best of 2^19 to 2^25 on a CPU with 1 MiB of L2 a core
 
 
+@dataclass(frozen=True, kw_only=True)
+class VocabularyShare:
+    """That the head's rows are a part of the vocabulary; who holds the rest is known to the reductions."""
+
+    start: int  # token of the first row
+    most_rows: int  # of any share: all cut their work into the same blocks
+    largest: Callable[[torch.Tensor], torch.Tensor]  # of each element, over all shares
+    total: Callable[[torch.Tensor], torch.Tensor]
+
+
 class OutputHead(nn.Linear):
     """The network's output linear, which can also give the loss of its logits without keeping them.
 
@@ -28,6 +40,7 @@ class OutputHead(nn.Linear):
 
     chunk_tokens: int
     z_loss_weight: float
+    share: VocabularyShare | None = None  # none: all rows are here
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, chunk_tokens: int, z_loss_weight: float) -> OutputHead:
@@ -65,7 +78,7 @@ class OutputHead(nn.Linear):
             hidden, labels = hidden[chosen], labels[chosen]
         with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         sums: tuple[torch.Tensor, torch.Tensor] = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden, self.weight, self.bias, labels, self.chunk_tokens, self.z_loss_weight, with_gradient
+            hidden, self.weight, self.bias, labels, self.chunk_tokens, self.z_loss_weight, self.share, with_gradient
         )
         return sums
 
@@ -90,11 +103,13 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: torch.Tensor,
         chunk_tokens: int,
         z_loss_weight: float,
+        share: VocabularyShare | None,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         sums = hidden.new_zeros(2, dtype=torch.float32)
         gradients = _Gradients(hidden, weight, bias) if with_gradient else None
-        chunk = _Chunk(min(chunk_tokens, hidden.shape[0]), weight, z_loss_weight)
+        chunk_type = _Chunk if share is None else _SharedChunk
+        chunk = chunk_type(min(chunk_tokens, hidden.shape[0]), weight, z_loss_weight, share)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = chunk.logits(hidden[rows], weight, bias)
@@ -110,7 +125,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         scaled = ctx.gradients.scaled(output_gradients[0])
         ctx.gradients = None
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 class _Chunk:
@@ -120,13 +135,17 @@ class _Chunk:
     on other devices a block is the whole chunk, since there the kernel launches would cost more.
     """
 
-    def __init__(self, tokens: int, weight: torch.Tensor, z_loss_weight: float) -> None:
+    def __init__(
+        self, tokens: int, weight: torch.Tensor, z_loss_weight: float, share: VocabularyShare | None = None
+    ) -> None:
         vocabulary, device = weight.shape[0], weight.device
-        rows = max(1, min(tokens, CPU_BLOCK_ELEMENTS // vocabulary)) if device.type == "cpu" else tokens
+        most = vocabulary if share is None else share.most_rows
+        rows = max(1, min(tokens, CPU_BLOCK_ELEMENTS // most)) if device.type == "cpu" else tokens
         self._logits = torch.empty((tokens, vocabulary), dtype=weight.dtype, device=device)
         self._block = torch.empty((rows, vocabulary), dtype=torch.float32, device=device)
         self._probabilities = torch.empty_like(self._block)
         self._z_loss_weight = z_loss_weight
+        self._share = share
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Logits (chunk, V) in the weight's dtype, valid until the next call."""
@@ -140,15 +159,50 @@ class _Chunk:
             block = logits[start : start + len(self._block)]
             targets = labels[start : start + len(self._block)].unsqueeze(-1)
             exact = self._block[: len(block)].copy_(block)
-            probabilities = torch.softmax(exact, dim=-1, out=self._probabilities[: len(block)])
-            # From the largest entry, whose probability never underflows: no second pass of exponentials.
-            logsumexp = exact.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
-            sums[0] += (logsumexp - exact.gather(-1, targets)).sum()
+            probabilities, logsumexp, of_target = self._normalize(exact, targets)
+            sums[0] += (logsumexp - of_target).sum()
             sums[1] += logsumexp.square().sum()
             if self._z_loss_weight:
                 probabilities *= 1 + 2 * self._z_loss_weight * logsumexp
-            block.copy_(probabilities.scatter_add_(-1, targets, probabilities.new_full(targets.shape, -1.0)))
+            block.copy_(self._less_one_at(probabilities, targets))
         return sums
+
+    def _normalize(self, exact: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Probabilities (rows, V); logsumexp and the target's logit (rows, 1)."""
+        probabilities = torch.softmax(exact, dim=-1, out=self._probabilities[: len(exact)])
+        # From the largest entry, whose probability never underflows: no second pass of exponentials.
+        logsumexp = exact.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
+        return probabilities, logsumexp, exact.gather(-1, targets)
+
+    def _less_one_at(self, probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return probabilities.scatter_add_(-1, targets, probabilities.new_full(targets.shape, -1.0))
+
+
+class _SharedChunk(_Chunk):
+    """A chunk of which these are the logits of some tokens of the vocabulary; others have the rest.
+
+    Only three numbers a row are exchanged: the largest logit, the sum of exponentials and the target's logit.
+    """
+
+    def _normalize(self, exact: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        assert self._share is not None
+        largest = self._share.largest(exact.amax(-1, keepdim=True))
+        rows, is_here = self._rows_of(targets, exact.shape[-1])
+        of_target = exact.gather(-1, rows) * is_here
+        probabilities = torch.exp(exact.sub_(largest), out=self._probabilities[: len(exact)])
+        sums = self._share.total(torch.cat([probabilities.sum(-1, keepdim=True), of_target], -1))
+        total, of_target = sums[:, :1], sums[:, 1:]
+        return probabilities.div_(total), total.log() + largest, of_target
+
+    def _less_one_at(self, probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows, is_here = self._rows_of(targets, probabilities.shape[-1])
+        return probabilities.scatter_add_(-1, rows, -is_here.to(probabilities.dtype))
+
+    def _rows_of(self, targets: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each target's row of the head, any where it is another's, and whether it is this one's."""
+        assert self._share is not None
+        rows = targets - self._share.start
+        return rows.clamp(0, count - 1), (rows >= 0) & (rows < count)
 
 
 class _Gradients:

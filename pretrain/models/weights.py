@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.initialization import Gather, no_gather
+from pretrain.models.sharding import logical_shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -46,7 +47,7 @@ def load_weights(
         with _opened(path) as file:
             for stored, parameter in tensors:
                 shape = tuple(file.get_slice(stored).get_shape())
-                wanted = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor
+                wanted = logical_shape(parameter)
                 if shape != wanted:
                     found = f"{stored} in {path} has shape {shape}"
                     problems.append(Problem(found, f"{wanted}, the model's", "change the model's fields"))

@@ -35,15 +35,20 @@ def test_merged_dimensions_name_the_same_elements(shape: tuple[int, ...], data: 
     box = tuple(data.draw(st.tuples(st.integers(0, length), st.integers(0, length)).map(sorted)) for length in shape)
     box = tuple((start, stop) for start, stop in box)
     tensor = np.arange(math.prod(shape))
-    merged_shape, merged_box = merge_dimensions(shape, box)
+    merged_shape, (merged_box,) = merge_dimensions(shape, box)
     one = tensor.reshape(shape)[tuple(slice(*edges) for edges in box)].flatten()
     other = tensor.reshape(merged_shape)[tuple(slice(*edges) for edges in merged_box)].flatten()
     assert one.tolist() == other.tolist()
 
 
 def test_a_box_of_whole_rows_becomes_one_range() -> None:
-    assert merge_dimensions((8, 3, 2), ((2, 4), (0, 3), (0, 2))) == ((48,), ((12, 24),))
-    assert merge_dimensions((), ()) == ((1,), ((0, 1),))
+    assert merge_dimensions((8, 3, 2), ((2, 4), (0, 3), (0, 2))) == ((48,), (((12, 24),),))
+    assert merge_dimensions((), ()) == ((1,), (((0, 1),),))
+
+
+def test_dimensions_are_merged_where_all_boxes_are_whole() -> None:
+    rows, columns = ((2, 4), (0, 3), (0, 2)), ((0, 8), (1, 2), (0, 2))
+    assert merge_dimensions((8, 3, 2), rows, columns) == ((8, 6), (((2, 4), (0, 6)), ((0, 8), (2, 4))))
 
 
 def test_every_grid_of_boxes_covers_and_no_smaller_one_does() -> None:
