@@ -33,6 +33,7 @@ Feature = Literal[
     "NVMe offload",
     "selective recomputation",
     "recomputation of some layers",
+    "compiled layers",
     "several processes",
     "a DeepSpeed file",
 ]
@@ -80,6 +81,7 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     ),
     "selective recomputation": lambda run: run.config.execution.recomputation == "selective",
     "recomputation of some layers": lambda run: run.config.execution.recompute_every > 1,
+    "compiled layers": lambda run: run.config.execution.compile,
     "several processes": lambda run: run.world_size > 1,
     "a DeepSpeed file": lambda run: run.config.parallel.deepspeed_config is not None,
 }
@@ -152,6 +154,7 @@ _NO_OFFLOAD_IN_A_PIPELINE = Refusal(
 IMPLIED: Mapping[Feature, Feature] = {
     "engine pipeline": "pipeline parallelism",
     "DualPipeV": "pipeline parallelism",
+    "sharded data parallelism": "engine accelerate",
 }
 
 # The table. A feature paired with itself is refused altogether.
@@ -183,10 +186,35 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ),
     ("pipeline parallelism", "optimizer offload"): _NO_OFFLOAD_IN_A_PIPELINE,
     ("pipeline parallelism", "parameter offload"): _NO_OFFLOAD_IN_A_PIPELINE,
-    ("sequence parallelism", "sequence parallelism"): Refusal(
-        reason="not in this version",
-        allowed=_ONE,
-        change="set parallel.sequence=1; execution.recomputation=full makes room for long rows",
+    ("sequence parallelism", "ZeRO stage 0"): Refusal(
+        reason="DeepSpeed names no data-parallel ranks beside those of a sequence where nothing is shared",
+        allowed="stages 1, 2, 3",
+        change="set parallel.zero_stage=1",
+    ),
+    ("sequence parallelism", "engine plain"): Refusal(
+        reason="the plain engine is one process",
+        allowed="the zero engine",
+        change="set parallel.engine=zero, or parallel.sequence=1",
+    ),
+    ("sequence parallelism", "tensor parallelism"): Refusal(
+        reason="both cut attention by heads, and DeepSpeed's two ways to do so were not made for each other",
+        allowed="one of them",
+        change="set parallel.tensor=1 for long rows, or parallel.sequence=1 for wide models",
+    ),
+    ("sequence parallelism", "pipeline parallelism"): Refusal(
+        reason="DeepSpeed's pipeline passes whole rows from stage to stage",
+        allowed="one of them",
+        change="set parallel.pipeline=1 and parallel.zero_stage=3, or parallel.sequence=1",
+    ),
+    ("sequence parallelism", "expert parallelism"): Refusal(
+        reason="experts would be chosen by ranks that hold parts of the same rows, which was never compared with plain",
+        allowed="one of them",
+        change="set parallel.expert=1, or parallel.sequence=1",
+    ),
+    ("sequence parallelism", "compiled layers"): Refusal(
+        reason="the exchange of heads between ranks inside compiled layers was never compared with plain",
+        allowed="execution.compile: false",
+        change="set execution.compile=false",
     ),
     ("expert parallelism", "expert parallelism"): Refusal(
         reason="not in this version", allowed=_ONE, change="set parallel.expert=1"

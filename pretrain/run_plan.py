@@ -28,6 +28,7 @@ from pretrain.models.pipeline_stages import (
     pipeline_problems,
     pipeline_warnings,
 )
+from pretrain.models.sequence_plan import sequence_problems
 from pretrain.topology import Topology, build_topology
 
 Result = TypeVar("Result")
@@ -88,6 +89,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     model = _attempt(problems, lambda: _shape_and_count(config, warnings))
     file = _attempt(problems, lambda: _deepspeed_values(config, problems))
     fewest = batch.accumulation_at(0) if batch and topology else None
+    problems += sequence_problems(config, model[0] if model else None)
     problems += pipeline_problems(config, engine, model[0] if model else None, fewest)
     if problems or topology is None or batch is None or model is None or file is None:
         raise ConfigError(*problems)

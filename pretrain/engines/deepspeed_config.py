@@ -72,6 +72,8 @@ def build_deepspeed_config(
         steps_per_print=10**12,  # reports are ours
     )
     merged.setdefault("zero_optimization", {})["stage"] = config.parallel.zero_stage
+    if config.parallel.sequence > 1:
+        merged["sequence_parallel_size"] = config.parallel.sequence  # zero.Init counts data-parallel ranks by it
     if config.precision != "fp32":
         merged.setdefault(config.precision, {})["enabled"] = True
     if config.precision == "bf16" and config.parallel.zero_stage > 0:

@@ -22,6 +22,7 @@ from pretrain.models.batch import Batch
 logger = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
+EXCHANGED = "athanor_sequence_parallel"  # attention that an engine put in: it knows the documents of whole rows
 
 
 def choose_attention(wanted: str, network_class: type[PreTrainedModel]) -> str:
@@ -62,6 +63,8 @@ def document_inputs(batch: Batch, implementation: str) -> dict[str, Any]:
     which transformers builds a mask whose blocks are the documents.
     """
     rows, length = batch.input_ids.shape
+    if implementation == EXCHANGED:  # this rank's part of each row, whose positions do not start at 0
+        return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if not has_packed_rows(batch):
         return {"input_ids": batch.input_ids}
     if implementation != FLASH:

@@ -39,6 +39,7 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
     "NVMe offload": {"parallel": {"offload_optimizer": "nvme", "offload_folder": "nvme"}},
     "selective recomputation": {"execution": {"recomputation": "selective"}},
     "recomputation of some layers": {"execution": {"recomputation": "full", "recompute_every": 2}},
+    "compiled layers": {"execution": {"compile": True}},
     "several processes": {},
     "a DeepSpeed file": {"parallel": {"deepspeed_config": "ds_configs/zero1.json"}},
 }

@@ -130,10 +130,37 @@ def _pipeline_cells() -> list[Cell]:
     return [*cells, *(replace(cell, slow=True) for cell in more_ranks)]
 
 
+def _sequence_cells() -> list[Cell]:
+    cells = [
+        Cell(2, Case(sequence=2, zero_stage=stage, precision=precision, layers=3))
+        for stage in (1, 2, 3)
+        for precision in ("fp32", "bf16")
+    ]
+    cells += [
+        Cell(2, Case(sequence=2, zero_stage=2, model_type="mistral", model=(("sliding_window", 12),))),
+        Cell(2, Case(sequence=2, zero_stage=3, model_type="qwen3", tied=True)),
+        Cell(2, Case(sequence=2, zero_stage=1, model_type="qwen2", tied=True)),
+        Cell(2, Case(sequence=2, zero_stage=1, model_type="olmo2", small_steps=2)),
+        Cell(2, Case(sequence=2, zero_stage=3, recomputation="selective")),
+        Cell(2, Case(sequence=2, zero_stage=1, recomputation="full", recompute_every=2, layers=3)),
+    ]
+    cells += [
+        Cell(4, Case(sequence=2, zero_stage=stage, micro_batch_size=2, model_type=family), slow=stage != 2)
+        for stage, family in ((1, "llama"), (2, "mistral"), (3, "qwen3"))
+    ]
+    # more ranks than heads of keys and values, which are then repeated
+    cells += [
+        Cell(4, Case(sequence=4, zero_stage=stage, precision=precision), slow=stage != 3)
+        for stage, precision in ((1, "bf16"), (3, "fp32"))
+    ]
+    return cells
+
+
 CELLS: tuple[Cell, ...] = (
     Cell(1, Case(engine="plain", micro_batch_size=2)),
     *_zero_cells(),
     *_pipeline_cells(),
     *_accelerate_cells(),
     *_recomputation_cells(),
+    *_sequence_cells(),
 )
