@@ -6,6 +6,7 @@ The attention itself is transformers'.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,28 @@ def document_inputs(batch: Batch, implementation: str) -> dict[str, Any]:
         "max_length_q": batch.longest_document,
         "max_length_k": batch.longest_document,
     }
+
+
+@contextmanager
+def known_packing(batch: Batch) -> Iterator[None]:
+    """Within the block transformers takes the rows for packed, or not, as the batch says.
+
+    It would read a value of the positions from the device in every forward to find out, and the host would wait for all
+    that the device has still to do.
+    """
+    masks = importlib.import_module("transformers.masking_utils")
+    own = masks.find_packed_sequence_indices
+    masks.find_packed_sequence_indices = _document_of_each_token if has_packed_rows(batch) else lambda positions: None
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = own
+
+
+def _document_of_each_token(position_ids: torch.Tensor) -> torch.Tensor:
+    """The same number for tokens of one document, (rows, tokens): it grows wherever positions do not go on."""
+    steps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+    return (steps != 1).cumsum(-1)
 
 
 def has_packed_rows(batch: Batch) -> bool:

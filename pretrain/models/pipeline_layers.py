@@ -8,7 +8,7 @@ Legend: B rows, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pretrain.models.attention import document_inputs, has_packed_rows, watched_document_borders
+from pretrain.models.attention import document_inputs, has_packed_rows, known_packing, watched_document_borders
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
+from pretrain.models.initialization import Gather, no_gather
 from pretrain.models.loss import OutputHead
 from pretrain.models.pipeline_stages import Stage
+from pretrain.models.sharding import compute_buffers, materialize
 from pretrain.models.training_model import TrainingModel, decoder_layers
 
 # Modules of the base model that come before the layers, beside the token table, for families that have no pp plan.
@@ -44,6 +46,15 @@ class WholeModel:
 
     shapes: dict[str, tuple[int, ...]]  # of every trained parameter, in the model's order
     config: dict[str, Any]  # the transformers configuration as JSON values
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSplit:
+    """How a stage is cut over tensor ranks, which engines know about."""
+
+    cut: Callable[[TrainingModel], None]  # while it has no memory
+    join_gradients: Callable[[TrainingModel], None]  # once it has
+    gather: Gather  # makes parameters whole to be filled
 
 
 class PassThrough(nn.Module):
@@ -88,9 +99,10 @@ class StageBody(nn.Module):
     def _run(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         inputs = document_inputs(batch, self._attention)
         ids = inputs.pop("input_ids")  # variable-length kernels get all rows as one
-        out: torch.Tensor = self.base_model(
-            inputs_embeds=hidden.view(*ids.shape, hidden.shape[-1]), **inputs, use_cache=False
-        )[0]
+        with known_packing(batch):
+            out: torch.Tensor = self.base_model(
+                inputs_embeds=hidden.view(*ids.shape, hidden.shape[-1]), **inputs, use_cache=False
+            )[0]
         return out.view(hidden.shape)
 
 
@@ -103,21 +115,25 @@ def describe_whole(builder: ModelBuilder) -> WholeModel:
     )
 
 
-def build_stage(builder: ModelBuilder, stage: Stage, device: torch.device) -> StageModules:
-    """Make one stage with its starting weights; nothing of another stage gets memory."""
+def build_stage(
+    builder: ModelBuilder, stage: Stage, device: torch.device, split: TensorSplit | None = None
+) -> StageModules:
+    """Make one stage with its starting weights; nothing of another stage gets memory, nor of another tensor rank."""
     model = _lay_out(builder)
     network, known_names = model.network, _known_names(model.network)
-    is_tied = network.config.tie_word_embeddings
-    keeps_table = stage.is_first or (stage.is_last and is_tied)
+    keeps_table = stage.is_first or (stage.is_last and network.config.tie_word_embeddings)
     own_layers = _drop_other_stages(network, stage, keeps_table=keeps_table)
-    model.to_empty(device=device)
-    _compute_buffers(network)
+    if split:
+        split.cut(model)
+    for _ in materialize(model, device):
+        pass
+    compute_buffers(model)
+    if split:
+        split.join_gradients(model)
+    builder.fill(model, gather=split.gather if split else no_gather, known_names=known_names)
     embedding = network.get_input_embeddings() if keeps_table else None
     head = network.get_output_embeddings() if stage.is_last else None
     assert head is None or isinstance(head, OutputHead), "families of PIPELINE_TYPES end in one plain linear"
-    if is_tied and head is not None and embedding is not None:
-        head.weight = embedding.weight
-    builder.fill(model, known_names=known_names)
     names = {id(weight): name for name, weight in network.named_parameters()}
     # the table and the head have modules of their own in the pipeline
     network.set_input_embeddings(PassThrough())
@@ -138,14 +154,6 @@ def _known_names(network: PreTrainedModel) -> frozenset[str]:
     """Of parameters and buffers, a tied weight under each of its names."""
     weights = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     return frozenset(weights | {name for name, _ in network.named_buffers()})
-
-
-@torch.no_grad()
-def _compute_buffers(network: PreTrainedModel) -> None:
-    """Fill what has buffers and nothing to draw, such as rotary frequencies: a weights folder does not hold them."""
-    for module in network.modules():
-        if list(module.buffers(recurse=False)) and not list(module.parameters(recurse=False)):
-            network._init_weights(module)
 
 
 def _drop_other_stages(network: PreTrainedModel, stage: Stage, *, keeps_table: bool) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pretrain.config import ExecutionSection, LossSection
 from pretrain.errors import ConfigError, Problem
-from pretrain.models.attention import document_inputs, has_packed_rows, watched_document_borders
+from pretrain.models.attention import document_inputs, has_packed_rows, known_packing, watched_document_borders
 from pretrain.models.batch import Batch
 from pretrain.models.loss import OutputHead, full_logits_loss
 from pretrain.models.recomputation import enable_recomputation
@@ -82,12 +82,19 @@ class TrainingModel(nn.Module):
         inputs = document_inputs(batch, self._attention)
         labels = batch.labels.flatten()
         if not self._has_fused_loss:
-            logits = self.network(**inputs, use_cache=False).logits
+            with known_packing(batch):
+                logits = self.network(**inputs, use_cache=False).logits
             return full_logits_loss(logits.flatten(0, -2), labels)
-        hidden = self.network.base_model(**inputs, use_cache=False)[0].flatten(0, -2)
+        with known_packing(batch):
+            hidden = self.network.base_model(**inputs, use_cache=False)[0].flatten(0, -2)
         head = self.network.get_output_embeddings()
         sums: tuple[torch.Tensor, torch.Tensor] = head(hidden, labels, batch.target_count)
         return sums
+
+    def use_attention(self, name: str) -> None:
+        """Compute attention by another function of transformers' registry, which keeps documents apart by itself."""
+        self._attention = self.network.config._attn_implementation = name
+        self._has_checked_borders = True
 
     @staticmethod
     def logical_name(parameter_name: str) -> str:
