@@ -17,18 +17,20 @@ import torch
 import torch.distributed as dist
 
 from pretrain import distributed
-from pretrain.checkpoint.fragments import KINDS, Fragment, LogicalState, whole_box
+from pretrain.checkpoint.fragments import KINDS, Fragment, LogicalState
 from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
 from pretrain.engines.pipeline_module import MicroBatchFeed, OwnStages, build_pipeline_module
+from pretrain.engines.rank_groups import RankGroups
 from pretrain.engines.zero_state import LocalRun, PartitionedState, ReplicatedState
 from pretrain.models.architecture import resolve_architecture
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.pipeline_layers import describe_whole
 from pretrain.models.pipeline_stages import is_bidirectional, partition_run, stages_of_rank
+from pretrain.models.sharding import shard_of
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.topology import Topology
 
@@ -58,6 +60,7 @@ class PipelineEngine:
             deepspeed.init_distributed(
                 dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
             )
+        self._groups = RankGroups(topology) if topology.tensor > 1 else None
         whole = describe_whole(builder)
         self._shapes, self._model_config = whole.shapes, whole.config
         self._feed = MicroBatchFeed(device, seed=config.seed, z_loss=config.loss.z_loss)
@@ -92,7 +95,8 @@ class PipelineEngine:
         config = self._config
         stages = partition_run(config, resolve_architecture(config.model, config.batch.sequence_length))
         own = stages_of_rank(self._place.pipeline, self._topology.pipeline, self._is_bidirectional)
-        return OwnStages.build(builder, stages, own, self._device)
+        ranks = self._groups.tensor_ranks if self._groups else None
+        return OwnStages.build(builder, stages, own, self._device, ranks)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
@@ -141,8 +145,8 @@ class PipelineEngine:
         """Before an update without ZeRO: find the norm of the whole gradient, clip, let nothing non-finite through."""
         squares = [
             weight.grad.float().square().sum()
-            for weight in self._parameters.values()
-            if weight.grad is not None and not weight.ds_pipe_replicated  # type: ignore[attr-defined]
+            for name, weight in self._parameters.items()
+            if weight.grad is not None and self._answers_for(name)
         ]
         total = torch.stack(squares).sum()
         dist.all_reduce(total, group=self._engine.grid.get_model_parallel_group())
@@ -186,9 +190,15 @@ class PipelineEngine:
         """See Engine."""
         self._state.create_moments()
         for run in self._state.runs():
-            if run.count and not self._parameters[run.name].ds_pipe_replicated:  # type: ignore[attr-defined]
+            if run.count and self._answers_for(run.name):
                 for kind in KINDS:
                     yield _fragment(run, kind)
+
+    def _answers_for(self, name: str) -> bool:
+        """Whether what this rank holds counts: a tied table lies on two stages, a whole weight on all tensor ranks."""
+        weight = self._parameters[name]
+        is_elsewhere = self._place.tensor > 0 and shard_of(weight) is None
+        return not is_elsewhere and not weight.ds_pipe_replicated  # type: ignore[attr-defined]
 
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""
@@ -201,7 +211,7 @@ class PipelineEngine:
         held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs()
         for run in held:
             for kind in KINDS:
-                run.tensors[kind].copy_(state.read_run(run.name, kind, run.start, run.count))
+                run.tensors[kind].copy_(state.read_box_run(run.name, kind, run.box, run.start, run.count))
         self._state.publish_masters()
 
     def close(self) -> None:
@@ -212,6 +222,8 @@ class PipelineEngine:
         self._engine.destroy()
         # DeepSpeed keeps the grid of the last pipeline, and would lay the next engine of this process over it
         groups.mpu, p2p._grid = None, None
+        if self._groups:
+            self._groups.close()
         gc.unfreeze()
 
 
@@ -221,4 +233,4 @@ def _without_targets(batch: Batch) -> Batch:
 
 def _fragment(run: LocalRun, kind: str) -> Fragment:
     values = run.tensors[kind].detach().to("cpu", torch.float32)
-    return Fragment(name=run.name, kind=kind, shape=run.shape, box=whole_box(run.shape), start=run.start, values=values)
+    return Fragment(name=run.name, kind=kind, shape=run.shape, box=run.box, start=run.start, values=values)

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from pretrain.engines.tensor_parallel import TensorRanks, join_gradients, slicing_gather, split_model
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.loss import OutputHead
-from pretrain.models.pipeline_layers import PassThrough, StageModules, build_stage
+from pretrain.models.pipeline_layers import PassThrough, StageModules, TensorSplit, build_stage
 from pretrain.models.pipeline_stages import Stage
 from pretrain.random_streams import stream_seed
 from pretrain.topology import Topology
@@ -135,10 +137,22 @@ class OwnStages:
 
     @classmethod
     def build(
-        cls, builder: ModelBuilder, stages: Sequence[Stage], numbers: Sequence[int], device: torch.device
+        cls,
+        builder: ModelBuilder,
+        stages: Sequence[Stage],
+        numbers: Sequence[int],
+        device: torch.device,
+        ranks: TensorRanks | None,
     ) -> OwnStages:
-        """Make the modules of some stages with their starting weights."""
-        modules = {number: build_stage(builder, stages[number], device) for number in numbers}
+        """Make the modules of some stages with their starting weights, cut over tensor ranks where there are any."""
+        split = None
+        if ranks:
+            split = TensorSplit(
+                cut=partial(split_model, ranks=ranks),
+                join_gradients=partial(join_gradients, ranks=ranks),
+                gather=slicing_gather(),
+            )
+        modules = {number: build_stage(builder, stages[number], device, split) for number in numbers}
         own = cls(count=len(stages), modules=modules, is_tied=bool(builder.config.tie_word_embeddings))
         if own.is_tied and own.first and own.last:  # both ends are here: one table
             assert own.first.embedding is not None
