@@ -29,6 +29,7 @@ from pretrain.data.mixture_plan import (
     row_limit,
     source_name,
 )
+from pretrain.data.staging import StagedData, stage_remote
 from pretrain.errors import DataError, Problem
 
 
@@ -64,6 +65,7 @@ class OpenedData:
     training: tuple[OpenedSource, ...]
     validation: Mapping[str, OpenedSource]
     phases: tuple[Phase, ...] = ()  # other weights of the training sources, later on
+    staged: StagedData = StagedData()  # what is behind URLs; held, so that nobody evicts it while it is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ class _Wanted:
 def open_datasets(
     data: DataSection, *, sequence_length: int, vocabulary_size: int, check_hashes: bool | None = None
 ) -> OpenedData:
-    """Open the training sources and validation sets.
+    """Open the training sources and validation sets; every rank must call where some are behind URLs.
 
     Args:
         data: what to open.
@@ -90,12 +92,14 @@ def open_datasets(
     """
     if check_hashes is None:
         check_hashes = data.verify == "hashes"
+    staged = stage_remote(data)
     wanted = [*_training_sources(data), *_validation_sets(data)]
     problems = mixture_problems(data)
     opened: dict[str, OpenedSource] = {}
     for source in wanted:
         try:
-            opened[source.place] = _open(source, sequence_length, check_hashes=check_hashes)
+            local = replace(source, path=staged.local(source.path))
+            opened[source.place] = _open(local, sequence_length, check_hashes=check_hashes)
         except DataError as error:
             problems += error.problems
     problems += _vocabulary_problems(opened, vocabulary_size)
@@ -111,6 +115,7 @@ def open_datasets(
         ),
         validation={source.name: opened[source.place] for source in wanted if source.split == "validation"},
         phases=_phases(data, sequence_length),
+        staged=staged,
     )
 
 
