@@ -159,10 +159,20 @@ IMPLIED: Mapping[Feature, Feature] = {
 
 # The table. A feature paired with itself is refused altogether.
 REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
-    ("tensor parallelism", "tensor parallelism"): Refusal(
-        reason="not in this version",
-        allowed=_ONE,
-        change="set parallel.tensor=1; parallel.zero_stage=3 shares a large model",
+    ("tensor parallelism", "engine plain"): Refusal(
+        reason="the plain engine is one process, and tensor ranks are several",
+        allowed="auto, zero or pipeline",
+        change="set parallel.engine=auto, or parallel.tensor=1",
+    ),
+    ("tensor parallelism", "sequence parallelism"): Refusal(
+        reason="both exchange attention's heads, and DeepSpeed lays its sequence groups over all ranks",
+        allowed="one of the two",
+        change="set parallel.sequence=1 (execution.recomputation=full makes room for long rows), or parallel.tensor=1",
+    ),
+    ("tensor parallelism", "expert parallelism"): Refusal(
+        reason="experts are shared whole, not cut",
+        allowed="one of the two",
+        change="set parallel.tensor=1, or parallel.expert=1",
     ),
     ("pipeline parallelism", "engine plain"): _NOT_THE_PIPELINE_ENGINE,
     ("pipeline parallelism", "engine zero"): _NOT_THE_PIPELINE_ENGINE,

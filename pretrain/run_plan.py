@@ -29,6 +29,7 @@ from pretrain.models.pipeline_stages import (
     pipeline_warnings,
 )
 from pretrain.models.sequence_plan import sequence_problems
+from pretrain.models.tensor_plan import tensor_problems
 from pretrain.topology import Topology, build_topology
 
 Result = TypeVar("Result")
@@ -91,6 +92,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     fewest = batch.accumulation_at(0) if batch and topology else None
     problems += sequence_problems(config, model[0] if model else None)
     problems += pipeline_problems(config, engine, model[0] if model else None, fewest)
+    problems += tensor_problems(parallel.tensor, model[0]) if model else ()
     if problems or topology is None or batch is None or model is None or file is None:
         raise ConfigError(*problems)
     architecture, parameters = model

@@ -113,7 +113,7 @@ def _apply(function: type[torch.autograd.Function], tensor: torch.Tensor, ranks:
 
 
 class ColumnLinear(nn.Linear):
-    """Holds some of a linear's outputs; its input's gradient is summed where the block begins (`_sum_input_gradient`)."""
+    """Holds some of a linear's outputs; its input's gradient is summed where its block begins."""
 
     joined: TensorRanks | None = None  # set: the output is made whole again
 

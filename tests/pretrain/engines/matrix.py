@@ -118,14 +118,21 @@ def _pipeline_cells() -> list[Cell]:
         Cell(2, replace(both_ways, tied=True, recomputation="full", recompute_every=2, layers=6, micro_batch_size=1)),
         Cell(2, replace(both_ways, model_type="gpt2", recomputation="selective")),
         Cell(4, replace(one_way, tied=True)),  # two data ranks
+        Cell(4, replace(one_way, tensor=2, model_type="qwen3", tied=True)),
+        Cell(4, replace(one_way, tensor=2, zero_stage=0, model_type="qwen2", recomputation="selective")),
+        Cell(4, replace(both_ways, tensor=2, tied=True, recomputation="full", recompute_every=2)),
     ]
     more_ranks = [
         Cell(4, replace(one_way, zero_stage=0, precision="fp32", micro_batch_size=1)),
         Cell(4, replace(one_way, precision="bf16")),
+        Cell(4, replace(one_way, tensor=2, model_type="olmo2")),
+        Cell(4, replace(one_way, tensor=2, model_type="mistral", model=(("sliding_window", 10),))),
         Cell(4, replace(one_way, pipeline=4, layers=4, tied=True)),
         Cell(4, replace(one_way, pipeline=4, layers=6, micro_batch_size=1, recomputation="full")),
         Cell(4, replace(both_ways, micro_batch_size=1, tied=True)),  # two data ranks
         Cell(4, replace(both_ways, pipeline=4, micro_batch_size=1, layers=9)),
+        Cell(8, replace(one_way, tensor=2, tied=True)),  # two data ranks
+        Cell(8, replace(one_way, tensor=2, zero_stage=0, model_type="qwen3", tied=True)),
     ]
     return [*cells, *(replace(cell, slow=True) for cell in more_ranks)]
 
@@ -156,6 +163,52 @@ def _sequence_cells() -> list[Cell]:
     return cells
 
 
+def _tensor_cells() -> list[Cell]:
+    usual = Case(engine="zero", tensor=2)
+    cells = [
+        Cell(2, replace(usual, zero_stage=stage, precision=precision))
+        for stage in (0, 1, 2, 3)
+        for precision in ("fp32", "bf16")
+    ]
+    window = (("sliding_window", 10),)
+    uneven = (("vocab_size", VOCABULARY + 1), ("intermediate_size", 131))  # ranks hold different numbers of rows
+    cells += [
+        Cell(2, replace(usual, zero_stage=stage, tied=tied, model_type=family, model=model, micro_batch_size=8))
+        for stage, tied, family, model in (
+            (0, True, "llama", uneven),
+            (1, True, "qwen2", ()),
+            (1, False, "mistral", window),
+            (1, True, "olmo2", ()),
+            (2, True, "qwen3", ()),
+            (3, False, "qwen2", ()),
+            (3, False, "llama", uneven),
+            (3, True, "qwen3", ()),
+            (3, False, "olmo2", ()),
+        )
+    ]
+    cells += [
+        Cell(2, replace(usual, recomputation="full", recompute_every=2, layers=3)),
+        Cell(2, replace(usual, recomputation="selective", zero_stage=3)),
+    ]
+    # two data ranks, or heads that four ranks share
+    four_heads = (("num_key_value_heads", 4), *uneven)
+    two_by_two = replace(usual, micro_batch_size=2, small_steps=2)
+    cells += [Cell(4, replace(two_by_two, zero_stage=stage), slow=stage in (0, 2)) for stage in (0, 1, 2, 3)]
+    cells += [
+        Cell(4, replace(two_by_two, zero_stage=stage, precision="bf16", model_type="qwen3", tied=True), slow=True)
+        for stage in (0, 1, 2, 3)
+    ]
+    cells += [
+        Cell(4, replace(usual, tensor=4, zero_stage=stage, model=four_heads), slow=stage == 1) for stage in (1, 3)
+    ]
+    cells += [
+        Cell(8, replace(usual, micro_batch_size=1, zero_stage=stage, small_steps=2), slow=True)
+        for stage in (0, 1, 2, 3)
+    ]
+    cells += [Cell(8, replace(usual, tensor=4, model=four_heads, zero_stage=stage), slow=True) for stage in (1, 3)]
+    return cells
+
+
 CELLS: tuple[Cell, ...] = (
     Cell(1, Case(engine="plain", micro_batch_size=2)),
     *_zero_cells(),
@@ -163,4 +216,5 @@ CELLS: tuple[Cell, ...] = (
     *_accelerate_cells(),
     *_recomputation_cells(),
     *_sequence_cells(),
+    *_tensor_cells(),
 )

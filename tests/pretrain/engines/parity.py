@@ -38,10 +38,11 @@ class Differences:
 
 
 # Moments remember single gradients, in which sums in another order show most; ZeRO-3 also leaves out the 1e-6 that is
-# added to the norm in the clip coefficient elsewhere. bf16 rounds weights and micro-batch gradients at 2^-8.
+# added to the norm in the clip coefficient elsewhere. bf16 rounds weights and micro-batch gradients at 2^-8, and tensor
+# ranks each their part of a sum.
 TOLERANCES = {
     "fp32": Differences(loss=1e-5, gradient_norm=1e-5, weights=1e-5, moments=5e-5),
-    "bf16": Differences(loss=1e-4, gradient_norm=1e-3, weights=1e-2, moments=1e-2),
+    "bf16": Differences(loss=1e-4, gradient_norm=1e-3, weights=1e-2, moments=2e-2),
 }
 
 
