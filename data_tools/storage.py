@@ -6,7 +6,6 @@ that is dataset_cache.py's.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import random
@@ -264,7 +263,7 @@ def describe(error: Exception) -> str:
 
 def _is_refusal(error: Exception) -> bool:
     if isinstance(error, (PermissionError, NotImplementedError, ValueError, TypeError, ImportError)):
-        return not isinstance(error, asyncio.TimeoutError)
+        return True
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
         return True  # botocore's, which need not be installed
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)

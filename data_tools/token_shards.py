@@ -29,6 +29,8 @@ from data_tools.manifest import (
 from data_tools.shard_index import Boundaries, ShardIndex
 from data_tools.shard_verify import Fault, size_faults, verify_dataset
 from data_tools.shard_writer import ShardWriter, token_dtype
+from data_tools.stage import StagedDataset, stage_dataset
+from data_tools.storage import is_url
 
 __all__ = [
     "DataToolsError",
@@ -39,10 +41,13 @@ __all__ = [
     "ShardError",
     "ShardWriter",
     "SourceRange",
+    "StagedDataset",
     "TokenDataset",
     "TokenizerIdentity",
     "find_split",
+    "is_url",
     "open_dataset",
+    "stage_dataset",
     "token_dtype",
     "verify_dataset",
 ]

@@ -116,13 +116,29 @@ class MixtureSection(Section):
 class DataSection(Section):
     """What to read."""
 
-    train: TrainingData  # a dataset folder, or a list of sources
+    train: TrainingData  # a dataset folder or its URL (s3, gs, hf, http, https, file), or a list of sources
     mixture: MixtureSection = MixtureSection()
-    validation: dict[str, str] = Field(default_factory=dict)  # name -> dataset folder
+    validation: dict[str, str] = Field(default_factory=dict)  # name -> dataset folder or URL
+    cache: str | None = None  # folder on a local disk of each node that keeps what is fetched from URLs
+    cache_max_bytes: int | None = Field(default=None, gt=0)  # then datasets that nobody uses go; null: no limit
     tokenizer: str | None = None  # folder; its hash must equal the datasets'; default: the one kept with the data
     verify: Literal["sizes", "hashes"] = "sizes"  # what is checked of every shard before the first step
     workers: int = Field(default=2, ge=0)  # threads that read ahead
     prefetch_micro_batches: int = Field(default=16, ge=1)
+
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """See Section."""
+        train = given.get("train")
+        sources = [dict(source).get("path") for source in train] if isinstance(train, list) else [train]
+        urls = [str(path) for path in (*sources, *(given.get("validation") or {}).values()) if "://" in str(path)]
+        if urls and given.get("cache") is None:
+            found = f"{len(urls)} datasets are behind URLs, and data.cache is not set"
+            yield Problem(found, "a folder on a local disk of each node that keeps them", "set data.cache=FOLDER")
+        if any("@" in url.partition("://")[2].partition("/")[0] for url in urls):
+            found = "a URL of the data section holds a user name or password"  # not shown: it would be logged
+            change = "take it out, and give credentials by the environment or fsspec's configuration"
+            yield Problem(found, "URLs without secrets: the configuration is saved with the run", change)
 
     @property
     def sources(self) -> list[Source]:

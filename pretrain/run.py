@@ -91,7 +91,9 @@ def _evaluate(
     else:
         datasets = run["run_config"]["data"]["validation"] if run else {}
     length = run["run_config"]["batch"]["sequence_length"] if run else None
-    return list(evaluate_source(source, datasets, device=device, sequence_length=length, max_rows=max_rows))
+    cache = run["run_config"]["data"].get("cache") if run else None
+    measured = evaluate_source(source, datasets, device=device, sequence_length=length, max_rows=max_rows, cache=cache)
+    return list(measured)
 
 
 def generate(source: Path, prompts: list[str], *, max_new_tokens: int, sampling: Sampling) -> list[str]:

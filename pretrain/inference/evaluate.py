@@ -47,10 +47,12 @@ def evaluate_source(
     device: torch.device,
     sequence_length: int | None,
     max_rows: int | None = None,
+    cache: str | None = None,
 ) -> Iterator[Measured]:
-    """Measure a model on each dataset (name -> folder, its validation split). Every rank must iterate to the end.
+    """Measure a model on each dataset (name -> folder or URL, its validation split). Every rank must iterate on.
 
-    Weights are computed with in fp32. `sequence_length` is that of the run; null: the data's own.
+    Weights are computed with in fp32. `sequence_length` is that of the run; null: the data's own. What lies behind
+    URLs is staged into the folder `cache`.
 
     Raises:
         ConfigError: no dataset is named.
@@ -61,7 +63,7 @@ def evaluate_source(
     network = load_source(source, device=device).network
     model = TrainingModel(network, execution=ExecutionSection(), loss=LossSection()).eval()
     # not validated: a run must name training data, an evaluation has none
-    section = DataSection.model_construct(train=[], validation=dict(datasets))
+    section = DataSection.model_construct(train=[], validation=dict(datasets), cache=cache)
     opened = open_datasets(
         section,
         sequence_length=sequence_length or DEFAULT_SEQUENCE_LENGTH,
