@@ -17,13 +17,16 @@ import typer
 
 from data_tools.choices import (
     LONGEST_DOCUMENT_BYTES,
+    SAMPLE_BYTES,
     Backend,
     BadLinePolicy,
+    Digits,
     Executor,
     PackMethod,
     Split,
     TokenFormat,
     TokenizerType,
+    Whitespace,
 )
 from data_tools.errors import DataToolsError, ShardError, UsageError
 
@@ -60,30 +63,55 @@ def train_tokenizer(
     inputs: Inputs,
     output: Output,
     kind: Annotated[TokenizerType, typer.Option("--type", help="Kind of tokenizer.")] = TokenizerType.BPE,
-    vocab_size: Annotated[int, typer.Option(help="Tokens at most, end of document included.")] = 32000,
+    vocab_size: Annotated[int, typer.Option(help="Tokens at most, special ones included.")] = 32000,
+    digits: Annotated[Digits, typer.Option(help="How numbers are cut.")] = Digits.AS_IS,
+    whitespace: Annotated[Whitespace, typer.Option(help="Whether runs of spaces are tokens.")] = Whitespace.AS_IS,
+    special_token: Annotated[list[str] | None, typer.Option(help="A further special token; may be repeated.")] = None,
+    sample_bytes: Annotated[int, typer.Option(min=1, help="Text at most, drawn evenly of all inputs.")] = SAMPLE_BYTES,
+    sample_documents: Annotated[int | None, typer.Option(min=1, help="Documents at most, drawn likewise.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    reference: Annotated[Path | None, typer.Option(help="A tokenizer to compare bytes per token with.")] = None,
     text_key: TextKey = "text",
     on_bad_line: BadLine = BadLinePolicy.FAIL,
+    max_document_bytes: MaxDocumentBytes = LONGEST_DOCUMENT_BYTES,
+    stdin_suffix: StdinSuffix = ".jsonl",
     workers: Workers = None,
 ) -> None:
-    """Train a tokenizer and save a folder that AutoTokenizer loads."""
+    """Train a tokenizer and save a folder that AutoTokenizer loads; tell how many bytes a token stands for."""
     _use_threads(workers)
-    from data_tools.corpus import Corpus
-    from data_tools.documents import Keys
-    from data_tools.input_files import find_inputs
-    from data_tools.tokenizer_training import make_tokenizer
+    from data_tools.standard_input import with_standard_input
+    from data_tools.tokenizer_design import TokenizerDesign
+    from data_tools.tokenizer_report import describe_training
+    from data_tools.tokenizer_training import TrainingRequest, make_tokenizer
 
-    corpus = Corpus(pieces=find_inputs(inputs), keys=Keys(text=text_key), on_bad_line=on_bad_line)
-    made, reused = make_tokenizer(corpus, kind, vocab_size, output)
-    _say_if_reused(output, reused)
-    for reason, count in corpus.dropped.items():
-        typer.echo(f"dropped {count:,} records: {reason}", err=True)
+    design = TokenizerDesign(
+        kind=kind,
+        vocabulary_size=vocab_size,
+        digits=digits,
+        whitespace=whitespace,
+        special_tokens=tuple(special_token or ()),
+    )
+    request = TrainingRequest(
+        design=design,
+        text_key=text_key,
+        on_bad_line=on_bad_line,
+        sample_bytes=sample_bytes,
+        sample_documents=sample_documents,
+        seed=seed,
+        max_document_bytes=max_document_bytes,
+    )
+    with with_standard_input(inputs, sys.stdin.buffer, output, stdin_suffix) as files:
+        trained = make_tokenizer(files, request, output, reference)
+    _say_if_reused(output, trained.reused)
+    typer.echo(describe_training(trained.record))
+    made = trained.tokenizer
     typer.echo(f"{output}: {kind.value}, {made.vocabulary_size:,} tokens, EOS {made.eos_token} is {made.eos_id}")
 
 
 @app.command()
 def prepare(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json, or that file.")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, a .model, a .tiktoken, or a folder with one.")],
     output: Output,
     text_key: TextKey = "text",
     id_key: Annotated[str, typer.Option(help="Key of the document's name in a JSON line.")] = "id",

@@ -6,6 +6,7 @@ from enum import Enum
 
 # One document is encoded at once, and the tokenizers library takes about a hundred times its size.
 LONGEST_DOCUMENT_BYTES = 1 << 24
+SAMPLE_BYTES = 1 << 28  # of text that a tokenizer is trained on; it is held in memory
 
 
 class TokenizerType(str, Enum):
@@ -13,6 +14,21 @@ class TokenizerType(str, Enum):
 
     BPE = "bpe"  # byte-level byte pair encoding, as GPT-2's
     SENTENCEPIECE = "sentencepiece"  # unigram pieces with byte fallback, as sentencepiece's
+
+
+class Digits(str, Enum):
+    """How a trained tokenizer cuts numbers."""
+
+    AS_IS = "as-is"  # as the model learns them
+    INDIVIDUAL = "individual"
+    GROUPS_OF_3 = "groups-of-3"  # from the left
+
+
+class Whitespace(str, Enum):
+    """How a trained tokenizer writes indentation."""
+
+    AS_IS = "as-is"  # as the model learns it
+    RUNS = "runs"  # a token for every run of 2 to 24 spaces: for code
 
 
 class BadLinePolicy(str, Enum):
