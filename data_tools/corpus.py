@@ -16,9 +16,10 @@ from typing import Any, TextIO
 from xxhash import xxh3_128
 
 from data_tools.choices import BadLinePolicy
+from data_tools.document_blocks import DocumentBlock, gather
 from data_tools.documents import BadRecord, Document, Keys
 from data_tools.errors import InputError
-from data_tools.json_lines import count_lines
+from data_tools.json_lines import JsonLinesReader, count_lines
 from data_tools.pieces import Piece
 from data_tools.readers import open_piece
 
@@ -51,22 +52,37 @@ class Corpus:
         Raises:
             InputError: a bad record under the policy fail, or a damaged file.
         """
+        for block in self.blocks():
+            for document in block.documents():
+                yield block.piece, document
+
+    def blocks(self) -> Iterator[DocumentBlock]:
+        """Yield the usable documents in order, in blocks of one piece.
+
+        Raises:
+            InputError: a bad record under the policy fail, or a damaged file.
+        """
         with ExitStack() as stack:
             kept: TextIO | None = None
             before = 0
             for number, piece in enumerate(self.pieces):
                 reader = open_piece(piece, self.keys)
-                for record in reader.documents():
+                if isinstance(reader, JsonLinesReader):
+                    found_here = reader.blocks()
+                else:
+                    found_here = gather(reader.documents(), piece.shown)
+                for found in found_here:
                     self.disk_bytes = before + reader.disk_bytes()
-                    if isinstance(record, Document):
-                        yield number, record
+                    if isinstance(found, DocumentBlock):
+                        found.piece = number
+                        yield found
                         continue
-                    self._account(number, record)
+                    self._account(number, found)
                     if self.on_bad_line is BadLinePolicy.QUARANTINE:
                         assert self.quarantine is not None
                         if kept is None:
                             kept = stack.enter_context(self.quarantine.open("w", encoding="utf-8"))
-                        kept.write(_quarantined(number, record))
+                        kept.write(_quarantined(number, found))
                 self.lines.append(reader.lines)
                 before += piece.disk_bytes
                 self.disk_bytes = before

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,15 +15,12 @@ from numpy.typing import NDArray
 
 from data_tools.choices import Backend
 from data_tools.errors import UsageError
+from data_tools.safe_characters import unsafe_characters
 from data_tools.tokenizer import DocumentTokenizer
 
 CHECKED_DOCUMENTS = 64  # the first ones of every task,
-CHECKED_CHARACTERS = 1 << 16  # as long as they have no more than this together
-# Characters that every version of the Unicode tables splits, folds and composes alike; texts with others are checked.
-_UNSAFE = re.compile(
-    "[^\x00-\u02ff\u0370-\u0482\u048a-\u052f\u1e00-\u1fff\u2000-\u205e\u2190-\u23ff\u2500-\u25ff"
-    "\u3000-\u3029\u3041-\u3096\u309b-\u30ff\u4e00-\u9fa5\uac00-\ud7a3\uff01-\uff5e]"
-)
+CHECKED_CHARACTERS = 1 << 15  # as long as they have no more than this together
+Ids = NDArray[np.integer]  # (tokens,) of any dtype
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +38,8 @@ class Encoder(Protocol):
     def start_task(self) -> None:
         """Begin a task: its first documents are checked."""
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return the ids of all texts, one after another, each ending in EOS, and how many each has."""
+    def encode(self, texts: Sequence[str]) -> Sequence[Ids]:
+        """Return the ids of each text, without EOS."""
 
 
 class ReferenceEncoder:
@@ -58,10 +54,9 @@ class ReferenceEncoder:
     def start_task(self) -> None:
         """There is nothing to check."""
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return the ids of all texts and how many each has."""
-        documents = self.tokenizer.encode_documents(texts)
-        return np.concatenate(documents), np.array([len(ids) for ids in documents], np.int64)
+    def encode(self, texts: Sequence[str]) -> Sequence[Ids]:
+        """Return the ids of each text."""
+        return [ids[:-1] for ids in self.tokenizer.encode_documents(texts)]
 
 
 class CheckedFastEncoder:
@@ -81,6 +76,7 @@ class CheckedFastEncoder:
             raise ValueError(str(error).partition("\n")[0]) from error
         self._reference = tokenizer
         self._parallel = threads > 1
+        self._unsafe = unsafe_characters(tokenizer.tokenizer_json()).search
         self._is_marked = np.zeros(max(tokenizer.vocabulary_size, self._fast.vocab_size), bool)
         self._is_marked[tokenizer.marked_ids] = True
         self._documents_to_check = 0
@@ -93,34 +89,36 @@ class CheckedFastEncoder:
         self._characters_to_check = CHECKED_CHARACTERS
         self.checked = 0
 
-    def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return the ids of all texts and how many each has.
+    def encode(self, texts: Sequence[str]) -> Sequence[Ids]:
+        """Return the ids of each text.
 
         Raises:
             EncodersDifferError: a text has other ids in the reference.
         """
-        layout: Any = self._fast.encode_batch(list(texts), parallel=self._parallel).layout
-        offsets = np.asarray(layout.offsets.data)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].view(np.int32)
-        offsets = offsets - offsets[0]
+        documents = self._encode_fast(texts)
+        ends = np.cumsum([len(ids) for ids in documents])
         # the fast library reads special tokens in texts, the reference by our choice does not: it decides on these
-        marked = np.flatnonzero(self._is_marked[ids])
-        replaced = set((np.searchsorted(offsets, marked, side="right") - 1).tolist())
-        doubtful = {number for number, text in enumerate(texts) if not text.isascii() and _UNSAFE.search(text)}
+        marked = np.flatnonzero(self._is_marked[np.concatenate(documents)])
+        replaced = set(np.searchsorted(ends, marked, side="right").tolist())
+        doubtful = {number for number, text in enumerate(texts) if not text.isascii() and self._unsafe(text)}
         doubtful |= self._first_ones(texts)
         again = sorted(doubtful | replaced)
         self.checked += len(again)
         right = dict(zip(again, self._reference.encode_documents([texts[number] for number in again]), strict=True))
-        for number in doubtful - replaced:
-            if not np.array_equal(right[number][:-1], ids[offsets[number] : offsets[number + 1]]):
+        for number in again:
+            ids = right[number][:-1]
+            if number in replaced:
+                documents[number] = ids
+            elif not np.array_equal(ids, documents[number]):
                 raise EncodersDifferError(f"gigatoken and tokenizers differ on the text {texts[number][:200]!r}")
-        lengths = np.diff(offsets)
-        if replaced:
-            parts = np.split(ids, offsets[1:-1])
-            for number in replaced:
-                parts[number] = right[number][:-1]
-            ids, lengths = np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
-        return _with_eos(ids, lengths, self._reference.eos_id), lengths + 1
+        return documents
+
+    def _encode_fast(self, texts: Sequence[str]) -> list[Ids]:
+        if not self._parallel:  # one by one it is as fast, and needs neither awkward's start-up nor its memory
+            return [self._fast.encode(text) for text in texts]
+        layout: Any = self._fast.encode_batch(list(texts), parallel=True).layout
+        offsets = np.asarray(layout.offsets.data)
+        return np.split(np.asarray(layout.content.data)[: offsets[-1]], offsets[:-1])[1:]
 
     def _first_ones(self, texts: Sequence[str]) -> set[int]:
         """Return which texts are still among the first ones of the task, its very first in any case."""
@@ -154,13 +152,3 @@ def build_encoder(tokenizer: DocumentTokenizer, backend: Backend, *, threads: in
         raise UsageError(f"--backend gigatoken: {problem}", "auto, tokenizers", "leave --backend out")
     logger.info("encoding with tokenizers: %s", problem)
     return ReferenceEncoder(tokenizer)
-
-
-def _with_eos(ids: NDArray[np.int32], lengths: NDArray[np.int64], eos_id: int) -> NDArray[np.int32]:
-    ends = np.cumsum(lengths + 1) - 1
-    result = np.empty(len(ids) + len(lengths), np.int32)
-    is_text = np.ones(len(result), bool)
-    is_text[ends] = False
-    result[is_text] = ids
-    result[ends] = eos_id
-    return result

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
 import orjson
 
+from data_tools.document_blocks import DocumentBlock
 from data_tools.documents import KEPT_BYTES, BadRecord, Document, Keys, metadata_line, text_problem
 from data_tools.pieces import Piece
 from data_tools.streams import decompression_of, open_bytes
 
 _BLOCK_BYTES = 1 << 16
+_READ_BYTES = 1 << 20  # parsed at a time
 
 
 class JsonLinesReader:
@@ -41,25 +45,92 @@ class JsonLinesReader:
         Raises:
             InputError: the file cannot be decompressed.
         """
+        for found in self.blocks():
+            if isinstance(found, BadRecord):
+                yield found
+            else:
+                yield from found.documents()
+
+    def blocks(self) -> Iterator[DocumentBlock | BadRecord]:
+        """Yield the same in blocks: every bad record after the documents before it.
+
+        Raises:
+            InputError: the file cannot be decompressed.
+        """
         piece = self.piece
         longest = self.keys.longest_bytes
         with piece.file.open("rb") as opened, decompression_of(piece.shown):
             self._file = opened
             file = open_bytes(opened, piece.kind.compression)
             position = _first_line(file, piece)
-            while (piece.stop is None or position < piece.stop) and (line := file.readline(longest + 1)):
-                self.lines += 1
-                if len(line) > longest and not line.endswith(b"\n"):
-                    length = len(line) + _pass_line(file)
-                    yield self._too_long(line, length)
-                    position += length
-                    continue
-                if not line.isspace():
-                    text = line.removeprefix(codecs.BOM_UTF8) if position == 0 else line
-                    record = _parse_line(text, self.keys, piece.shown, self.lines, position, len(line))
-                    yield record
-                position += len(line)
+            while piece.stop is None or position < piece.stop:
+                wanted = _READ_BYTES if piece.stop is None else min(_READ_BYTES, piece.stop - position)
+                content = file.read(wanted)
+                if not content:
+                    break
+                passed = 0
+                if not content.endswith(b"\n"):  # the rest of the last line, as far as it may be read
+                    content += file.readline(longest + 1)
+                    if not content.endswith(b"\n") and len(content) - content.rfind(b"\n") - 1 > longest:
+                        passed = _pass_line(file)
+                yield from self._parse(BytesIO(content).readlines(), position, passed)
+                position += len(content) + passed
             self._file = None
+
+    def _parse(self, lines: list[bytes], position: int, passed: int) -> Iterator[DocumentBlock | BadRecord]:
+        """Yield what is in lines that begin at a byte; so many more bytes of the last one were not read."""
+        borders = list(accumulate(map(len, lines), initial=position))
+        borders[-1] += passed
+        if position == 0:
+            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)
+        block = None if passed or max(map(len, lines)) > self.keys.longest_bytes else self._all_good(lines, borders)
+        if block is not None:
+            self.lines += len(lines)
+            yield block
+        else:
+            yield from self._one_by_one(lines, borders)
+
+    def _all_good(self, lines: list[bytes], borders: list[int]) -> DocumentBlock | None:
+        """Return the documents of lines that hold one each; None if any does not."""
+        key, name = self.keys.text, self.keys.identifier
+        try:
+            records = [orjson.loads(line) for line in lines]
+            texts = [record[key] for record in records]
+        except (orjson.JSONDecodeError, TypeError, KeyError, IndexError):
+            return None
+        if not all(type(text) is str and text for text in texts):
+            return None
+        names = [record.get(name) for record in records]
+        kept = self.keys.metadata
+        return DocumentBlock(
+            file=self.piece.shown,
+            texts=texts,
+            identifiers=[name if name is None or type(name) is str else str(name) for name in names],
+            starts=borders[:-1],
+            stops=borders[1:],
+            metadata=[metadata_line([record.get(key) for key in kept], kept) if kept else b"" for record in records],
+        )
+
+    def _one_by_one(self, lines: list[bytes], borders: list[int]) -> Iterator[DocumentBlock | BadRecord]:
+        """Yield the documents of lines of which some are bad, blank or too long."""
+        block = DocumentBlock(file=self.piece.shown)
+        for line, start, stop in zip(lines, borders[:-1], borders[1:], strict=True):
+            self.lines += 1
+            if line.isspace():
+                continue
+            if len(line) - line.endswith(b"\n") > self.keys.longest_bytes:
+                record: Document | BadRecord = self._too_long(line, stop - start)
+            else:
+                record = _parse_line(line, self.keys, self.piece.shown, self.lines, start, stop - start)
+            if isinstance(record, Document):
+                block.append(record)
+                continue
+            if block.texts:
+                yield block
+                block = DocumentBlock(file=self.piece.shown)
+            yield record
+        if block.texts:
+            yield block
 
     def _too_long(self, line: bytes, length: int) -> BadRecord:
         detail = f"{length:,} bytes, at most {self.keys.longest_bytes:,} are read as one document"

@@ -34,7 +34,7 @@ from data_tools.ranges import RANGE_BYTES, Task, plan_tasks
 from data_tools.shard_assembly import SplitAssembly
 from data_tools.shard_verify import split_folders
 from data_tools.shard_writer import SHARD_TOKENS, token_dtype
-from data_tools.task_encoding import SPLITS, EncodingOptions, TaskResult, split_number
+from data_tools.task_encoding import SPLITS, EncodingOptions, TaskResult, split_numbers, task_file
 from data_tools.tokenizer import load_tokenizer
 from data_tools.worker_pool import encode_tasks
 
@@ -88,7 +88,7 @@ def parse_fractions(text: str) -> tuple[float, ...]:
 
 def split_of(text: str, fractions: Sequence[float], seed: int) -> str:
     """Return the split of a text: a function of its bytes alone, so equal texts never part and new data moves none."""
-    return SPLITS[split_number(text.encode("utf-8"), fractions, seed)]
+    return SPLITS[split_numbers([text.encode("utf-8")], fractions, seed)[0]]
 
 
 def prepare(
@@ -204,7 +204,6 @@ def _assemble(
     documents = np.array([result.documents for result in results], np.int64).reshape(-1, len(SPLITS)).sum(axis=0)
     if not documents[0]:
         raise _nothing_to_train_on(dropped, examples, has_documents=bool(documents.any()))
-    counts = np.zeros(draft.vocabulary_size, np.int64)
     shards = {}
     for number in np.flatnonzero(documents).tolist():
         assembly = SplitAssembly(
@@ -213,10 +212,12 @@ def _assemble(
             folder=staging / SPLITS[number],
             draft=draft,
             shard_tokens=shard_tokens,
-            counts=counts if number == 0 else None,
             has_metadata=bool(draft.request["options"]["metadata_keys"]),
         )
         shards[SPLITS[number]] = tuple(assembly.run(tasks, results, journal))
+    counts = np.zeros(draft.vocabulary_size, np.int64)
+    for task in tasks:
+        counts += np.fromfile(task_file(staging / WORK_FOLDER, task.number, "counts"), np.int64)
     manifests = {}
     for name, records in shards.items():
         manifests[name] = replace(

@@ -5,7 +5,6 @@ Depends on the documents alone, not on how they were cut into tasks; a shard tha
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,14 +30,13 @@ _BLOCK_DOCUMENTS = 1 << 17
 
 @dataclass(frozen=True, kw_only=True)
 class SplitAssembly:
-    """The shards of one split; `counts` (vocabulary,) of its tokens are kept when asked for."""
+    """The shards of one split."""
 
     split: int  # its number in SPLITS
     parts: Path  # the folder of the tasks' files
     folder: Path  # of the shards
     draft: Manifest
     shard_tokens: int
-    counts: NDArray[np.int64] | None = None
     has_metadata: bool = False  # a line of JSON a document is put beside the tokens
 
     def run(self, tasks: Sequence[Task], results: Sequence[TaskResult], journal: Journal) -> list[ShardRecord]:
@@ -101,29 +99,16 @@ class SplitAssembly:
 
     def _finished(self, journal: Journal) -> list[ShardRecord]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        records = [_record(entry["shard"]) for entry in journal.entries if entry.get("split") == self.split]
-        for record in records:
-            if self.counts is not None:
-                self.counts[:] += np.load(self._counts_file(record.name))
-        return records
+        return [_record(entry["shard"]) for entry in journal.entries if entry.get("split") == self.split]
 
     def _publish(self, shard: _Shard, journal: Journal, done: list[Path]) -> ShardRecord:
         record = shard.publish()
-        if self.counts is not None:
-            with self._counts_file(record.name).open("wb") as file:
-                np.save(file, shard.counts)
-                file.flush()
-                os.fsync(file.fileno())
-            self.counts[:] += shard.counts
         sync_folder(self.folder)
         journal.append({"split": self.split, "shard": asdict(record)})
         for path in done:
             path.unlink(missing_ok=True)
         done.clear()
         return record
-
-    def _counts_file(self, name: str) -> Path:
-        return self.parts / f"{name}.{SPLITS[self.split]}.counts.npy"
 
 
 class _Shard:
@@ -134,7 +119,6 @@ class _Shard:
         self.name = name
         self.dtype = assembly.draft.dtype
         self.limit = assembly.shard_tokens
-        self.counts = np.zeros(0 if assembly.counts is None else len(assembly.counts), np.int64)
         self.tokens = 0
         self.lengths = array("i")
         self.sources: list[SourceRange] = []
@@ -151,9 +135,7 @@ class _Shard:
         while left:
             block = np.fromfile(tokens, self.dtype, min(left, _BLOCK_TOKENS))
             assert len(block), f"{self.name}: the tokens of {task} are fewer than its documents say"
-            self.bin.write(block.tobytes())
-            if len(self.counts):
-                self.counts += np.bincount(block, minlength=len(self.counts))
+            self.bin.write(block.data.cast("B"))
             left -= len(block)
         self.lengths.frombytes(documents["length"].astype("i4").tobytes())
         borders = [0, *(np.flatnonzero(np.diff(documents["piece"])) + 1).tolist(), taken]

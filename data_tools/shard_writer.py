@@ -208,7 +208,7 @@ class HashedFile:
         self.size = 0
         self.file: BinaryIO = self.staged.open("wb", buffering=1 << 20)
 
-    def write(self, block: bytes) -> None:
+    def write(self, block: bytes | memoryview) -> None:
         """Append a block."""
         self.file.write(block)
         self.hash.update(block)

