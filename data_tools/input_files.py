@@ -15,6 +15,8 @@ from data_tools.errors import InputError, UsageError
 from data_tools.file_kinds import check_content, kind_of, known_suffixes
 from data_tools.hub_datasets import HUB_MARK, hub_files
 from data_tools.pieces import Piece
+from data_tools.remote_inputs import remote_inputs
+from data_tools.storage import is_url
 
 _DATASET_STATE = "state.json"  # of a folder that save_to_disk of the datasets library made
 _DATASET_SPLITS = "dataset_dict.json"
@@ -27,7 +29,7 @@ def find_inputs(inputs: Sequence[str | Path | Piece]) -> list[Piece]:
     """Return the files to read, in the order of the inputs, those of a folder or pattern sorted.
 
     An input is a file, a folder, a pattern (`data/**/*.jsonl`), a folder saved by the datasets library, a dataset
-    (`hf:owner/name:split`), or a piece that somebody has made.
+    (`hf:owner/name:split`), a URL of a file, folder or pattern (see remote_inputs.py), or a piece that somebody made.
 
     Raises:
         UsageError: a file is of a kind that cannot be read, or is named twice.
@@ -51,7 +53,9 @@ def _expand(word: str | Path | Piece) -> Iterator[Piece]:
         yield word
         return
     path = Path(word)
-    if str(word).startswith(HUB_MARK):
+    if is_url(word):
+        yield from remote_inputs(str(word))
+    elif str(word).startswith(HUB_MARK):
         yield from hub_files(str(word))
     elif path.is_dir():
         found = list(_files_in(path))

@@ -78,7 +78,7 @@ def check_url(url: str) -> str:
             "URLs without secrets: they are written to manifests and logs",
             "give credentials by the environment or in fsspec's configuration",
         )
-    if "?" in url or "#" in url:
+    if "#" in url or ("?" in url and scheme in ("http", "https")):
         raise UsageError(
             f"{url.partition('?')[0].partition('#')[0]} is followed by a query or fragment, which may hold a secret",
             "plain URLs: they are written to manifests and logs",
@@ -118,6 +118,18 @@ class RemoteFile:
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
+
+    def find_files(self) -> list[str]:
+        """Return the URLs of the files that this pattern matches, or below this folder, sorted; [] if there are none.
+
+        Raises:
+            UsageError: the storage cannot list its files (http).
+        """
+        if self._is_http:
+            raise UsageError(f"{self.url}: files over http cannot be listed", "the URL of each file", "name them all")
+        is_pattern = any(mark in self.url for mark in "*?[")
+        find = self._filesystem.glob if is_pattern else self._filesystem.find
+        return sorted(self._filesystem.unstrip_protocol(path) for path in self._persist(lambda: find(self._path)))
 
     def read_all(self) -> bytes:
         """Read a small file."""
