@@ -113,11 +113,22 @@ class MixtureSection(Section):
     phases: list[MixturePhase] = Field(default_factory=list)
 
 
+class FillInTheMiddleSection(Section):
+    """Documents turned round, of training only; see data/fill_in_the_middle.py. Sentinels: special tokens' names."""
+
+    rate: float = Field(default=0.5, ge=0, le=1)  # share of the documents
+    suffix_first_rate: float = Field(default=0.5, ge=0, le=1)  # of those, the share in the order suffix, prefix, middle
+    prefix: str
+    middle: str
+    suffix: str
+
+
 class DataSection(Section):
     """What to read."""
 
     train: TrainingData  # a dataset folder or its URL (s3, gs, hf, http, https, file), or a list of sources
     mixture: MixtureSection = MixtureSection()
+    fill_in_the_middle: FillInTheMiddleSection | None = None
     validation: dict[str, str] = Field(default_factory=dict)  # name -> dataset folder or URL
     cache: str | None = None  # folder on a local disk of each node that keeps what is fetched from URLs
     cache_max_bytes: int | None = Field(default=None, gt=0)  # then datasets that nobody uses go; null: no limit

@@ -161,7 +161,7 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
 
 def _training_rows(config: RunConfig, plan: RunPlan, data: OpenedData, checkpoint: Checkpoint | None) -> TrainingRows:
     """The rows of the run; refused where they run out, or where a checkpoint was trained on another order of them."""
-    rows = TrainingRows(data.training, seed=config.seed, phases=data.phases)
+    rows = TrainingRows(data.training, seed=config.seed, phases=data.phases, fill_in_the_middle=data.fill_in_the_middle)
     require_enough(rows, plan.batch.step_to_samples(config.schedule.stop_at_step or plan.batch.total_steps))
     if checkpoint is not None and (recorded := checkpoint.manifest.metadata.get("data_order")):
         require_same_past(rows, recorded, Progress.from_json(checkpoint.manifest.progress).samples_consumed)

@@ -20,6 +20,7 @@ from data_tools.token_shards import (
     verify_dataset,
 )
 from pretrain.config import DataSection
+from pretrain.data.fill_in_the_middle import FillInTheMiddle
 from pretrain.data.mixture import Phase
 from pretrain.data.mixture_plan import (
     first_sample,
@@ -29,6 +30,7 @@ from pretrain.data.mixture_plan import (
     row_limit,
     source_name,
 )
+from pretrain.data.sentinels import build_fill_in_the_middle
 from pretrain.data.staging import StagedData, stage_remote
 from pretrain.errors import DataError, Problem
 
@@ -65,6 +67,7 @@ class OpenedData:
     training: tuple[OpenedSource, ...]
     validation: Mapping[str, OpenedSource]
     phases: tuple[Phase, ...] = ()  # other weights of the training sources, later on
+    fill_in_the_middle: FillInTheMiddle | None = None  # of the training sources
     staged: StagedData = StagedData()  # what is behind URLs; held, so that nobody evicts it while it is read
 
 
@@ -104,6 +107,13 @@ def open_datasets(
             problems += error.problems
     problems += _vocabulary_problems(opened, vocabulary_size)
     problems += _tokenizer_problems(opened, data.tokenizer)
+    fill_in_the_middle = None
+    try:
+        if data.fill_in_the_middle is not None and opened:
+            dataset = next(iter(opened.values())).dataset  # all have one tokenizer
+            fill_in_the_middle = build_fill_in_the_middle(data.fill_in_the_middle, dataset, data.tokenizer)
+    except DataError as error:
+        problems += error.problems
     if problems:
         raise DataError(*problems)
     training = [opened[source.place] for source in wanted if source.split == "train"]
@@ -115,6 +125,7 @@ def open_datasets(
         ),
         validation={source.name: opened[source.place] for source in wanted if source.split == "validation"},
         phases=_phases(data, sequence_length),
+        fill_in_the_middle=fill_in_the_middle,
         staged=staged,
     )
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.token_shards import Row
+from pretrain.data.fill_in_the_middle import FillInTheMiddle
 from pretrain.data.interleaving import Integers
 from pretrain.data.mixture import Mixture, Phase
 from pretrain.data.open_datasets import OpenedSource
@@ -31,9 +32,17 @@ class TrainingRows:
     A source's order depends on its place in the list, not on its name or path, so that data may be moved.
     """
 
-    def __init__(self, sources: Sequence[OpenedSource], *, seed: int, phases: Sequence[Phase] = ()) -> None:
+    def __init__(
+        self,
+        sources: Sequence[OpenedSource],
+        *,
+        seed: int,
+        phases: Sequence[Phase] = (),
+        fill_in_the_middle: FillInTheMiddle | None = None,
+    ) -> None:
         self.sources = tuple(sources)
         self.seed = seed
+        self._fill_in_the_middle = fill_in_the_middle
         self.sequence_length = self.sources[0].sequence_length  # tokens
         self.mixture = Mixture(
             [source.weight for source in sources], later=phases, limits=[source.row_limit for source in sources]
@@ -55,9 +64,14 @@ class TrainingRows:
         ]
 
     def read(self, locations: Iterable[Location]) -> list[Row]:
-        """Read the rows at these places; safe to call from several threads.
+        """Read the rows at these places, as they are trained on; safe to call from several threads.
 
         Raises:
             DataError: a row cannot be read.
         """
-        return [self.sources[location.source].row(location.row) for location in locations]
+        places = list(locations)
+        rows = [self.sources[place.source].row(place.row) for place in places]
+        if self._fill_in_the_middle is None or not rows:
+            return rows
+        keys = [(self.seed, place.source, place.epoch, place.row) for place in places]
+        return self._fill_in_the_middle.turn(rows, keys)
