@@ -18,6 +18,7 @@ Feature = Literal[
     "engine pipeline",
     "engine accelerate",
     "ZeRO stage 0",
+    "ZeRO stage 1",
     "ZeRO stage 2",
     "ZeRO stage 3",
     "precision fp16",
@@ -64,6 +65,7 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "engine pipeline": lambda run: run.engine == "pipeline",
     "engine accelerate": lambda run: run.engine == "accelerate",
     "ZeRO stage 0": lambda run: run.config.parallel.zero_stage == 0,
+    "ZeRO stage 1": lambda run: run.config.parallel.zero_stage == 1 and run.engine == "zero",
     "ZeRO stage 2": lambda run: run.config.parallel.zero_stage == 2,
     "ZeRO stage 3": lambda run: run.config.parallel.zero_stage == 3,
     "precision fp16": lambda run: run.config.precision == "fp16",
@@ -148,6 +150,22 @@ _NO_OFFLOAD_IN_A_PIPELINE = Refusal(
     reason="not shown to give the right numbers",
     allowed="none",
     change="set parallel.offload_optimizer=none and parallel.offload_parameters=none: more stages make room as well",
+)
+
+_OFFLOAD_IS_OF_ZERO = Refusal(
+    reason="the plain engine keeps its state on the device",
+    allowed="none",
+    change="set parallel.engine=auto, or leave offload out",
+)
+_ONLY_SHARDS_ARE_OFFLOADED = Refusal(
+    reason="DeepSpeed offloads shards of weights, which stage 3 alone makes",
+    allowed="stage 3",
+    change="set parallel.zero_stage=3, or parallel.offload_parameters=none",
+)
+_NO_FP16_OFFLOAD = Refusal(
+    reason="not shown to give the right numbers",
+    allowed="fp32, bf16",
+    change="set precision=bf16, or leave offload out",
 )
 
 # What has a feature has the other one too, and with it what the table refuses to that one.
@@ -252,12 +270,18 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("sharded data parallelism", "engine plain"): _SHARDED_BY_FSDP,
     ("sharded data parallelism", "engine zero"): _SHARDED_BY_FSDP,
     ("sharded data parallelism", "engine pipeline"): _SHARDED_BY_FSDP,
-    ("optimizer offload", "optimizer offload"): Refusal(
-        reason="not in this version", allowed="none", change="set parallel.offload_optimizer=none"
+    ("optimizer offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
+    ("parameter offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
+    ("optimizer offload", "ZeRO stage 0"): Refusal(
+        reason="what DeepSpeed offloads are ZeRO's shares of the state, which stage 0 does not make",
+        allowed="stages 1, 2, 3",
+        change="set parallel.zero_stage=1, or parallel.offload_optimizer=none",
     ),
-    ("parameter offload", "parameter offload"): Refusal(
-        reason="not in this version", allowed="none", change="set parallel.offload_parameters=none"
-    ),
+    ("parameter offload", "ZeRO stage 0"): _ONLY_SHARDS_ARE_OFFLOADED,
+    ("parameter offload", "ZeRO stage 1"): _ONLY_SHARDS_ARE_OFFLOADED,
+    ("parameter offload", "ZeRO stage 2"): _ONLY_SHARDS_ARE_OFFLOADED,
+    ("parameter offload", "precision fp16"): _NO_FP16_OFFLOAD,
+    ("optimizer offload", "precision fp16"): _NO_FP16_OFFLOAD,
     ("engine plain", "several processes"): Refusal(
         reason="the plain engine is one process",
         allowed="world size 1, or the zero engine",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import RunConfig
+from pretrain.config import ParallelSection, RunConfig
 from pretrain.errors import ConfigError, Problem
 
 # DeepSpeed key -> the run configuration's key that owns it. A file may say "auto" for any of them, or leave it out.
@@ -24,6 +24,10 @@ OWNED_BY_RUN_CONFIG: Mapping[str, str] = {
     "fp16.enabled": "precision",
     "bf16.enabled": "precision",
     "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer.device": "parallel.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "parallel.offload_folder",
+    "zero_optimization.offload_param.device": "parallel.offload_parameters",
+    "zero_optimization.offload_param.nvme_path": "parallel.offload_folder",
     "tensor_parallel.autotp_size": "parallel.tensor",
 }
 AUTO = "auto"
@@ -74,12 +78,29 @@ def build_deepspeed_config(
     merged.setdefault("zero_optimization", {})["stage"] = config.parallel.zero_stage
     if config.parallel.sequence > 1:
         merged["sequence_parallel_size"] = config.parallel.sequence  # zero.Init counts data-parallel ranks by it
+    _add_offload(merged, config.parallel)
     if config.precision != "fp32":
         merged.setdefault(config.precision, {})["enabled"] = True
     if config.precision == "bf16" and config.parallel.zero_stage > 0:
         # bf16 sums lose small gradients; DeepSpeed knows no fp32 sums at stage 0
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return dict(merged)
+
+
+def _add_offload(merged: dict[str, Any], parallel: ParallelSection) -> None:
+    for section, device in (
+        ("offload_optimizer", parallel.offload_optimizer),
+        ("offload_param", parallel.offload_parameters),
+    ):
+        if device == "none":
+            merged["zero_optimization"].pop(section, None)  # how to offload, without any
+            continue
+        tuned = merged["zero_optimization"].setdefault(section, {})
+        tuned["device"] = device
+        if device == "nvme":
+            tuned["nvme_path"] = parallel.offload_folder
+    # ours is AdamW as PyTorch computes it, on the CPU too: the same numbers on every layout
+    merged["zero_force_ds_cpu_optimizer"] = False
 
 
 def _lookup(values: Mapping[str, Any], dotted: str) -> Any:

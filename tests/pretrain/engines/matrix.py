@@ -209,6 +209,28 @@ def _tensor_cells() -> list[Cell]:
     return cells
 
 
+def _offload_cells() -> list[Cell]:
+    optimizer = Case(engine="zero", offload_optimizer="cpu")
+    parameters = Case(engine="zero", zero_stage=3, offload_parameters="cpu")
+    both = replace(parameters, offload_optimizer="cpu")
+    return [
+        *(
+            Cell(2, replace(optimizer, zero_stage=stage, precision=precision))
+            for stage, precision in ((1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"))
+        ),
+        Cell(2, replace(parameters, micro_batch_size=8)),
+        Cell(2, replace(both, precision="bf16", tied=True, model_type="qwen3")),
+        Cell(1, replace(optimizer, zero_stage=2)),
+        Cell(2, replace(optimizer, tensor=2, zero_stage=2)),
+        Cell(2, replace(both, tensor=2, precision="bf16")),
+        Cell(2, replace(both, sequence=2)),
+        Cell(2, replace(optimizer, sequence=2, recomputation="selective")),
+        Cell(2, replace(both, recomputation="selective")),
+        Cell(2, replace(both, recomputation="full", recompute_every=2, layers=3)),
+        Cell(4, replace(both, tensor=2, micro_batch_size=2), slow=True),
+    ]
+
+
 CELLS: tuple[Cell, ...] = (
     Cell(1, Case(engine="plain", micro_batch_size=2)),
     *_zero_cells(),
@@ -217,4 +239,5 @@ CELLS: tuple[Cell, ...] = (
     *_recomputation_cells(),
     *_sequence_cells(),
     *_tensor_cells(),
+    *_offload_cells(),
 )
