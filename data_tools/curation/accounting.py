@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import orjson
 from datatrove.data import Document
@@ -61,6 +61,11 @@ class DropLog:
     def __exit__(self, *_: object) -> None:
         """Nothing is open."""
 
+    def reset(self) -> None:
+        """Forget everything."""
+        self.dropped.clear()
+        self.samples = {}
+
     def write(self, document: Document, rank: int = 0) -> None:
         """Count a document under its reason, and keep it if it is one of the first."""
         metadata = document.metadata
@@ -89,6 +94,10 @@ class Meter(PipelineStep):
 
     def __init__(self) -> None:
         super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count at nothing."""
         self.documents = 0
         self.bytes = 0
         self.lengths = [0] * LENGTH_BINS
@@ -103,6 +112,14 @@ class Meter(PipelineStep):
             yield document
 
 
+@runtime_checkable
+class CountingBlock(Protocol):
+    """A block that counts more than what goes in and out."""
+
+    changed: int  # documents whose text is another one
+    replaced: Counter[str]  # what -> how often
+
+
 @dataclass(kw_only=True)
 class Account:
     """One step of the recipe as it runs in a task: what comes in, what it does, what goes out."""
@@ -112,6 +129,17 @@ class Account:
     block: PipelineStep
     drops: DropLog
     after: Meter
+    seconds_before: float = 0.0  # of work in earlier tasks of this process
+
+    def reset(self) -> None:
+        """Begin another task: executors run several with the same blocks."""
+        self.before.reset()
+        self.after.reset()
+        self.drops.reset()
+        self.seconds_before = self.block.stats.time_stats.total
+        if isinstance(self.block, CountingBlock):
+            self.block.changed = 0
+            self.block.replaced.clear()
 
     def counts(self) -> StepCounts:
         """Return what has been counted so far."""
@@ -120,11 +148,11 @@ class Account:
             bytes_in=self.before.bytes,
             documents_out=self.after.documents,
             bytes_out=self.after.bytes,
-            changed=getattr(self.block, "changed", 0),
+            changed=self.block.changed if isinstance(self.block, CountingBlock) else 0,
             dropped=dict(self.drops.dropped),
             samples=self.drops.samples,
-            counts=dict(getattr(self.block, "replaced", {})),
-            seconds=self.block.stats.time_stats.total,
+            counts=dict(self.block.replaced) if isinstance(self.block, CountingBlock) else {},
+            seconds=self.block.stats.time_stats.total - self.seconds_before,
         )
 
 
@@ -141,6 +169,8 @@ class SaveAccounts(PipelineStep):
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield the documents as they are."""
+        for account in self.accounts:  # this runs before any block that it asks for documents
+            account.reset()
         yield from data
         content: list[dict[str, Any]] = [
             {"step": account.step, "counts": asdict(account.counts()), "lengths": account.after.lengths}

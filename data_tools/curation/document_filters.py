@@ -70,6 +70,7 @@ class LanguageFilter(BaseFilter):
     def __init__(self, step: Language, drops: DropLog) -> None:
         super().__init__(drops)
         self.step = step
+        self.changed = 0  # it only adds metadata
         self.replaced: Counter[str] = Counter()
         self._identifier: Any = None
         if unknown := set(step.keep) - set(known_languages()):

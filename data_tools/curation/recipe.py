@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_tools.choices import BadLinePolicy
+from data_tools.choices import LONGEST_DOCUMENT_BYTES, BadLinePolicy
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(ge=0)]
@@ -33,6 +33,7 @@ class Inputs(Section):
     id_key: str = "id"
     metadata: list[str] = []  # further keys of a record that are kept beside the text
     on_bad_line: Literal["fail", "skip", "quarantine"] = "fail"
+    max_document_bytes: Count = LONGEST_DOCUMENT_BYTES  # a longer record is a bad one; memory grows with it
 
     @property
     def policy(self) -> BadLinePolicy:

@@ -221,7 +221,7 @@ def _provenance(numbers: Mapping[str, Any]) -> Iterator[str]:
     packages = ", ".join(f"{name} {version}" for name, version in numbers["packages"].items())
     recipe = yaml.safe_dump(numbers["recipe"], sort_keys=False, allow_unicode=True)
     inputs = "".join(
-        f"<tr><td>{escape(fact['file'])}</td><td>{size(fact['bytes'])}</td><td><code>{fact['xxh3_128']}</code></td></tr>"
+        f"<tr><td>{escape(fact['file'])}</td><td>{size(fact['bytes'])}</td><td><code>{escape(fact['xxh3_128'])}</code></td></tr>"
         for fact in numbers["inputs"]
     )
     yield "<h2>Where it comes from</h2>"

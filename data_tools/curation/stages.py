@@ -100,7 +100,12 @@ class StagePlan:
 
     def _begin_with_inputs(self) -> None:
         inputs = self.recipe.inputs
-        keys = Keys(text=inputs.text_key, identifier=inputs.id_key, metadata=tuple(inputs.metadata))
+        keys = Keys(
+            text=inputs.text_key,
+            identifier=inputs.id_key,
+            metadata=tuple(inputs.metadata),
+            longest_bytes=inputs.max_document_bytes,
+        )
         records, drops = Meter(), DropLog("bad record", self.recipe.samples_per_reason)
         reader = ReadInputs(self.tasks, keys, inputs.policy, self.work / READ, records, drops)
         self._meter = records
