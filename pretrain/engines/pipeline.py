@@ -66,7 +66,7 @@ class PipelineEngine:
         self._feed = MicroBatchFeed(device, seed=config.seed, z_loss=config.loss.z_loss)
         own = self._build_stages(builder)
         names = own.names()
-        with quiet():
+        with quiet(), torch.no_grad():  # DeepSpeed sends tied weights around as it builds
             self._module = build_pipeline_module(own, topology, self._feed, is_bidirectional=self._is_bidirectional)
         self._parameters = {names[id(weight)]: weight for weight in self._module.parameters() if weight.requires_grad}
         optimizer = build_optimizer(self._parameters.items(), config.optimizer)
@@ -165,6 +165,8 @@ class PipelineEngine:
             if self._is_bidirectional:  # it fills its pipes from both ends
                 shortage = 2 * self._topology.pipeline - len(batches)
                 batches += [_without_targets(batches[-1])] * max(0, shortage)
+                # DeepSpeed counts the places of messages by the training step's number, also in an evaluation
+                self._set_accumulation(len(batches))
             self._feed.begin(batches)
             self._engine.eval_batch(
                 self._rows(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
