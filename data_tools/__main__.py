@@ -267,11 +267,17 @@ def inspect_dataset(
     rows: Annotated[int, typer.Option(min=0, help="Rows of each split to decode.")] = 1,
     row: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row, if not packed.")] = None,
+    histogram: Annotated[Path | None, typer.Option(help="Draw lengths and token frequencies as this .png.")] = None,
 ) -> None:
     """Show the manifest, rows as text with their boundaries, and the lengths of documents."""
     from data_tools.inspect import describe
 
     typer.echo(describe(dataset, rows=rows, first_row=row, sequence_length=sequence_length))
+    if histogram is not None:
+        from data_tools.histograms import draw_histograms
+
+        draw_histograms(dataset, histogram)
+        typer.echo(f"{histogram}: {histogram.stat().st_size:,} bytes")
 
 
 @app.command()

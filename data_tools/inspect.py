@@ -5,6 +5,7 @@ Returns text and numbers; printing is the command line's. Changes nothing.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from numpy.typing import NDArray
 
 from data_tools.errors import InputError, UsageError
 from data_tools.manifest import Manifest
+from data_tools.preparation_report import REPORT_NAME
 from data_tools.shard_verify import split_folders
 from data_tools.token_shards import TokenDataset, open_dataset
 from data_tools.tokenizer import DocumentTokenizer, load_tokenizer
 
 BAR_WIDTH = 50  # characters
 DEFAULT_ROW = 256  # tokens shown of a dataset that is not packed
+PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)  # of the lengths of documents
 
 
 def describe(folder: Path, *, rows: int, first_row: int = 0, sequence_length: int | None = None) -> str:
@@ -98,6 +101,18 @@ def document_lengths(dataset: TokenDataset) -> NDArray[np.int64]:
     return lengths
 
 
+def token_counts(dataset: TokenDataset) -> NDArray[np.int64]:
+    """Return how often each token comes, padding left out; read block by block."""
+    counts = np.zeros(dataset.vocabulary_size, np.int64)
+    block = 1 << 22
+    for start in range(0, dataset.token_count, block):
+        tokens = dataset.tokens(start, min(block, dataset.token_count - start))
+        counts += np.bincount(tokens, minlength=dataset.vocabulary_size)
+    if dataset.manifest.packing is not None:
+        counts[dataset.eos_id] -= dataset.manifest.packing.padding_tokens
+    return counts
+
+
 def length_histogram(lengths: NDArray[np.int64]) -> str:
     """Return a histogram in text; every bar covers twice the lengths of the one before."""
     exponents = np.log2(lengths).astype(int)
@@ -131,8 +146,9 @@ def describe_statistics(numbers: dict[str, dict[str, Any]]) -> str:
 
 def _split_statistics(dataset: TokenDataset, top: int) -> dict[str, Any]:
     lengths = document_lengths(dataset)
-    counts = _token_counts(dataset)
+    counts = token_counts(dataset)
     tokenizer = _tokenizer_of(dataset)
+    per_token = bytes_per_token(dataset)
     shares = counts / counts.sum()
     present = shares[shares > 0]
     order = np.argsort(-counts, kind="stable")[:top]
@@ -142,9 +158,10 @@ def _split_statistics(dataset: TokenDataset, top: int) -> dict[str, Any]:
         "padding_tokens": dataset.token_count - int(lengths.sum()),
         "bytes": sum(record.bytes for shard in dataset.manifest.shards for record in shard.files.values()),
         "mean_length": float(lengths.mean()),
-        "median_length": float(np.median(lengths)),
-        "length_90th_percentile": float(np.percentile(lengths, 90)),
+        "shortest": int(lengths.min()),
+        **{f"length_percentile_{share}": float(np.percentile(lengths, share)) for share in PERCENTILES},
         "longest": int(lengths.max()),
+        **({} if per_token is None else {"bytes_per_token": per_token}),
         "distinct_tokens": len(present),
         "unigram_entropy_nats": float(-(present * np.log(present)).sum()),
         "most_frequent": [
@@ -159,16 +176,14 @@ def _split_statistics(dataset: TokenDataset, top: int) -> dict[str, Any]:
     }
 
 
-def _token_counts(dataset: TokenDataset) -> NDArray[np.int64]:
-    """Count every token but the padding, block by block."""
-    counts = np.zeros(dataset.vocabulary_size, np.int64)
-    block = 1 << 22
-    for start in range(0, dataset.token_count, block):
-        tokens = dataset.tokens(start, min(block, dataset.token_count - start))
-        counts += np.bincount(tokens, minlength=dataset.vocabulary_size)
-    if dataset.manifest.packing is not None:
-        counts[dataset.eos_id] -= dataset.manifest.packing.padding_tokens
-    return counts
+def bytes_per_token(dataset: TokenDataset) -> float | None:
+    """Bytes of the texts (UTF-8) for each token, EOS included, as preparation counted them; None where it is gone."""
+    try:
+        report = json.loads((dataset.folder.parent / REPORT_NAME).read_text(encoding="utf-8"))
+        numbers = report["splits"][dataset.manifest.split]
+        return float(numbers["text_bytes"] / numbers["tokens"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None
 
 
 def _tokenizer_of(dataset: TokenDataset) -> DocumentTokenizer | None:

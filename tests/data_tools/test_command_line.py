@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_tools.inspect import document_lengths
 from data_tools.token_shards import open_dataset
 from tests.data_tools.conftest import TEXT, write_lines
 
@@ -57,6 +59,21 @@ def test_inspect_shows_rows_and_borders(run, prepared: Path) -> None:
     assert run("inspect", prepared, "--row", 10**6)[0] == 64
 
 
+def test_inspect_draws_lengths_and_frequencies(run, prepared: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image", reason="the extra plots is not installed")
+    picture = tmp_path / "picture.png"
+    code, out, _ = run("inspect", prepared, "--rows", 0, "--histogram", picture)
+    assert code == 0
+    assert f"{picture}: {picture.stat().st_size:,} bytes" in out
+    pixels = image.imread(picture)
+    splits = len(list(prepared.glob("*/manifest.json")))
+    assert pixels.shape[0] / pixels.shape[1] == pytest.approx(splits * 3.6 / 11.2, rel=0.01)
+    right = pixels[:, pixels.shape[1] // 2 :, :3]
+    assert (abs(right - [0x1F / 255, 0x3D / 255, 0x5C / 255]).max(axis=-1) < 0.02).sum() > 100  # the curve of ranks
+    assert run("inspect", prepared, "--histogram", tmp_path / "picture.jpeg")[0] == 64
+    assert not (tmp_path / "picture.jpeg").exists()
+
+
 def test_stats_count_what_is_there(run, prepared: Path) -> None:
     code, out, _ = run("stats", prepared, "--json")
     numbers = json.loads(out)
@@ -64,6 +81,11 @@ def test_stats_count_what_is_there(run, prepared: Path) -> None:
     assert numbers["train"]["documents"] + numbers["validation"]["documents"] == len(TEXT)
     dataset = open_dataset(prepared / "train")
     assert numbers["train"]["tokens"] == dataset.token_count
+    lengths = document_lengths(dataset)
+    assert numbers["train"]["length_percentile_50"] == np.median(lengths)
+    assert numbers["train"]["length_percentile_99"] == np.percentile(lengths, 99)
+    report = json.loads((prepared / "preparation.json").read_text(encoding="utf-8"))["splits"]["train"]
+    assert numbers["train"]["bytes_per_token"] == report["text_bytes"] / report["tokens"]
     assert abs(numbers["train"]["unigram_entropy_nats"] - (dataset.manifest.unigram_entropy_nats or 0)) < 1e-9
     assert "most frequent tokens" in run("stats", prepared)[1]
 
@@ -73,7 +95,7 @@ def test_stats_of_packed_rows_leave_padding_out(run, prepared: Path, tmp_path: P
     plain, packed = (json.loads(run("stats", folder, "--json")[1]) for folder in (prepared, tmp_path / "packed"))
     for split, numbers in packed.items():
         assert 0 <= numbers.pop("padding_tokens") < 50
-        del plain[split]["padding_tokens"], plain[split]["bytes"], numbers["bytes"]
+        del plain[split]["padding_tokens"], plain[split]["bytes"], numbers["bytes"], plain[split]["bytes_per_token"]
     assert packed == plain
 
 
