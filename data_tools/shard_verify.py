@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
@@ -73,14 +74,28 @@ def verify_dataset(folder: str | Path, *, hashes: bool = True, workers: int | No
                     found.append([Fault(path=split / MANIFEST_NAME, problem=error.found)])
                     continue
                 sizes = size_faults(split, manifest)
-                found.append(sizes)
+                found += [_tokenizer_faults(split, manifest), sizes]
                 if hashes:
                     check = partial(_shard_faults, split, manifest, {fault.path for fault in sizes})
                     found.append(chain.from_iterable(pool.map(check, manifest.shards)))
-            return [fault for faults in found for fault in faults]
+            return list(dict.fromkeys(fault for faults in found for fault in faults))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # who interrupts does not wait for the other shards
             raise
+
+
+def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[Fault]:
+    """Return the fault of a tokenizer that lies beside the data and did not make it; datasets may come without one."""
+    for place in (folder / "tokenizer", folder.parent / "tokenizer"):
+        if place.is_dir():
+            hashes = {sha256(path.read_bytes()).hexdigest() for path in place.iterdir() if path.is_file()}
+            if manifest.tokenizer.sha256 in hashes:
+                return []
+            problem = (
+                f"none of its files has the sha256 {manifest.tokenizer.sha256[:12]} of the tokenizer in the manifest"
+            )
+            return [Fault(path=place, problem=problem)]
+    return []
 
 
 def size_faults(folder: Path, manifest: Manifest) -> list[Fault]:
@@ -98,6 +113,12 @@ def size_faults(folder: Path, manifest: Manifest) -> list[Fault]:
                 problem = f"has {size} bytes, the manifest says {record.bytes}"
                 faults.append(Fault(path=path, problem=problem, sources=shard.sources))
     return faults
+
+
+def shard_faults(folder: Path, manifest: Manifest, shard: ShardRecord) -> list[Fault]:
+    """Return what is wrong with one shard: files missing or of another size, hashes, content."""
+    sizes = size_faults(folder, replace(manifest, shards=(shard,)))
+    return sizes + _shard_faults(folder, manifest, {fault.path for fault in sizes}, shard)
 
 
 def _shard_faults(folder: Path, manifest: Manifest, broken: set[Path], shard: ShardRecord) -> list[Fault]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from data_tools.merge import merge
 from data_tools.pack import pack
 from data_tools.token_shards import TokenDataset, open_dataset, verify_dataset
 from tests.data_tools.conftest import write_dataset
+
+
+SHA256 = hashlib.sha256(b"{}").hexdigest()  # of the file that passes for a tokenizer here
 
 
 def rows_of(dataset: TokenDataset, length: int) -> list[tuple[list[int], int | None, list[int], int]]:
@@ -48,6 +52,8 @@ def parts(tmp_path: Path) -> list[Path]:
             manifest, split="validation", unigram_entropy_nats=1.5, dropped={"no text": 2}, dropped_examples=("x",)
         ),
     )
+    for split in (folders[0] / "train", folders[0] / "validation", folders[1] / "train"):
+        edit(split, lambda manifest: replace(manifest, tokenizer=TokenizerIdentity(name="tiny", sha256=SHA256)))
     (folders[1] / "tokenizer").mkdir()
     (folders[1] / "tokenizer" / "tokenizer.json").write_text("{}")
     return folders
