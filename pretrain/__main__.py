@@ -68,6 +68,23 @@ def presets(
 
 
 @app.command()
+def samples(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run configuration, or a run folder.")],
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option("--step", min=1, help="The step, as in metrics.jsonl.")] = 1,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows of it to show.")] = 4,
+) -> None:
+    """Show the rows that a step trains on.
+
+    Sources, document borders and text, fill-in-the-middle included, and what was read of each source before.
+    """
+    from pretrain.samples import sample_lines
+
+    for line in sample_lines(run, overrides or [], step=step, count=rows):
+        print(line)
+
+
+@app.command()
 def train(
     run: RunFile,
     overrides: Overrides = None,
