@@ -20,7 +20,6 @@ from data_tools.pack import pack
 from data_tools.token_shards import TokenDataset, open_dataset, verify_dataset
 from tests.data_tools.conftest import write_dataset
 
-
 SHA256 = hashlib.sha256(b"{}").hexdigest()  # of the file that passes for a tokenizer here
 
 
