@@ -124,6 +124,10 @@ def prepare(
     metadata: Annotated[str, typer.Option(help="Keys to keep beside the tokens: KEY[,KEY...].")] = "",
     max_document_bytes: MaxDocumentBytes = LONGEST_DOCUMENT_BYTES,
     stdin_suffix: StdinSuffix = ".jsonl",
+    shuffle_seed: Annotated[
+        int | None, typer.Option(min=0, help="Shuffle all documents by this seed; default: the order of the inputs.")
+    ] = None,
+    hang_seconds: Annotated[float, typer.Option(min=1, help="A worker that does nothing for so long fails.")] = 300,
 ) -> None:
     """Encode text into token shards, split into train, validation and test; run again, it goes on where it stopped."""
     _use_threads(workers)
@@ -140,6 +144,7 @@ def prepare(
         seed=seed,
         on_bad_line=on_bad_line,
         eos_token=eos_token,
+        shuffle_seed=shuffle_seed,
         metadata_keys=tuple(key for key in metadata.split(",") if key),
         max_document_bytes=max_document_bytes,
     )
@@ -147,7 +152,14 @@ def prepare(
     began = time.monotonic()
     with with_standard_input(inputs, sys.stdin.buffer, output, stdin_suffix) as files, EncodingProgress() as progress:
         prepared = prepare_dataset(
-            files, tokenizer, output, options, workers=workers, backend=backend, progress=progress
+            files,
+            tokenizer,
+            output,
+            options,
+            workers=workers,
+            backend=backend,
+            hang_seconds=hang_seconds,
+            progress=progress,
         )
     _say_if_reused(output, prepared.reused)
     _say_what_was_made(prepared.manifests)
@@ -297,16 +309,25 @@ def stats(
 def verify(
     dataset: Dataset,
     hashes: Annotated[bool, typer.Option(help="Read and hash every file, or only look at sizes.")] = True,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild the faulty shards from their sources.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Shards read at a time; default: one a core.")] = None,
 ) -> None:
     """Check every shard against its manifest; exit code 65 and the names of the faulty ones if there are any."""
     from data_tools.shard_verify import verify_dataset
 
-    faults = verify_dataset(dataset, hashes=hashes)
+    if repair:
+        from data_tools.repair import repair_dataset
+
+        for path in repair_dataset(dataset, workers=workers or len(os.sched_getaffinity(0))):
+            typer.echo(f"{path}: rebuilt")
+        typer.echo(f"{dataset}: whole")
+        return
+    faults = verify_dataset(dataset, hashes=hashes, workers=workers)
     if faults:
         raise ShardError(
             "\n".join(str(fault) for fault in faults),
             "files that are what the manifest says",
-            "restore these files from a copy, or make the dataset again",
+            "rebuild the shards with --repair, restore these files from a copy, or make the dataset again",
         )
     typer.echo(f"{dataset}: whole")
 

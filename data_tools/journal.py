@@ -24,7 +24,8 @@ class Journal:
     The first line names the job: `belongs_to` tells whether a journal is of the same one.
     """
 
-    def __init__(self, folder: Path, job: str) -> None:
+    def __init__(self, folder: Path, job: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Open it, or begin one; `facts` are kept in the first line, to tell later what the job was."""
         self.entries: list[Mapping[str, Any]] = []
         path = folder / JOURNAL_NAME
         whole = 0
@@ -35,7 +36,7 @@ class Journal:
         self._file.truncate(whole)  # what a kill left of the last line
         self._file.seek(whole)
         if whole == 0:
-            self.append({"job": job})
+            self.append({"job": job, "facts": dict(facts or {})})
             sync_folder(folder)
 
     @staticmethod
@@ -43,7 +44,16 @@ class Journal:
         """Whether a folder holds the journal of this job with at least one finished thing in it."""
         path = folder / JOURNAL_NAME
         lines = _whole_lines(path)[0] if path.is_file() else []
-        return len(lines) > 1 and lines[0] == {"job": job}
+        return len(lines) > 1 and lines[0].get("job") == job
+
+    @staticmethod
+    def of_another_job(folder: Path, job: str) -> tuple[Mapping[str, Any], int] | None:
+        """Return the facts of another job whose journal a folder holds, and how many things it had finished."""
+        path = folder / JOURNAL_NAME
+        lines = _whole_lines(path)[0] if path.is_file() else []
+        if len(lines) < 2 or lines[0].get("job") == job:
+            return None
+        return lines[0].get("facts", {}), len(lines) - 1
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write one line; it is on the disk when this returns."""

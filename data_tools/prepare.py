@@ -7,6 +7,7 @@ what a run that was stopped need not do again.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -26,7 +27,7 @@ from data_tools.duplicate_ids import find_duplicate_ids
 from data_tools.errors import InputError, UsageError
 from data_tools.input_files import find_inputs
 from data_tools.journal import Journal
-from data_tools.manifest import Manifest, load_manifest, save_manifest
+from data_tools.manifest import Manifest, TokenizerIdentity, load_manifest, save_manifest
 from data_tools.pieces import Piece
 from data_tools.preparation_report import write_report
 from data_tools.publish import Made, is_finished, staged_output
@@ -34,9 +35,13 @@ from data_tools.ranges import RANGE_BYTES, Task, plan_tasks
 from data_tools.shard_assembly import SplitAssembly
 from data_tools.shard_verify import split_folders
 from data_tools.shard_writer import SHARD_TOKENS, token_dtype
+from data_tools.shuffle import ShuffledAssembly
 from data_tools.task_encoding import SPLITS, EncodingOptions, TaskResult, split_numbers, task_file
+from data_tools.task_shares import adopt_shares, remove_shares
 from data_tools.tokenizer import load_tokenizer
-from data_tools.worker_pool import encode_tasks
+from data_tools.worker_pool import HANG_SECONDS, EncodingPool
+
+logger = logging.getLogger(__name__)
 
 WORK_FOLDER = "work"  # in the staging folder: the files of tasks, and the journal
 
@@ -64,6 +69,7 @@ class PrepareOptions:
     on_bad_line: BadLinePolicy = BadLinePolicy.FAIL
     eos_token: str | None = None  # None: as the tokenizer's configuration says
     shard_tokens: int = SHARD_TOKENS
+    shuffle_seed: int | None = None  # of the order of the documents; None: that of the inputs
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:
@@ -100,6 +106,7 @@ def prepare(
     workers: int = 1,
     backend: Backend = Backend.AUTO,
     range_bytes: int = RANGE_BYTES,
+    hang_seconds: float = HANG_SECONDS,
     progress: Progress | None = None,
 ) -> Made:
     """Make a dataset folder with a subfolder per split and the tokenizer; it appears when it is complete.
@@ -110,15 +117,11 @@ def prepare(
         InputError: there is no usable text, a bad record under the policy fail, or an unusable tokenizer.
         UsageError: the output holds something else, or the backend cannot be had.
         StorageError: another run is writing the output.
-        WorkerError: a process that encoded died.
+        WorkerError: a process that encoded died, or did nothing for `hang_seconds`.
     """
     loaded = load_tokenizer(tokenizer, options.eos_token)
     files = find_inputs(inputs)
-    request = {
-        "inputs": input_facts(files),
-        "tokenizer": asdict(loaded.identity),
-        "options": {**asdict(options), "on_bad_line": options.on_bad_line.value},
-    }
+    request, job = preparation_job(files, loaded.identity, options, backend, range_bytes)
     if is_finished(output, request):
         return Made(manifests={path.name: load_manifest(path) for path in split_folders(output)}, reused=True)
     draft = Manifest(
@@ -132,27 +135,42 @@ def prepare(
         request=request,
     )
     tasks = plan_tasks(files, range_bytes)
-    # an earlier run goes on only if all of this is the same: it decides what the files of a task are
-    job = xxh3_128_hexdigest(json.dumps([request, backend.value, range_bytes]).encode())
-    with staged_output(output, lambda staging: Journal.belongs_to(staging / WORK_FOLDER, job)) as staging:
+    facts = _facts(request, backend, range_bytes)
+    with staged_output(output, lambda staging: _goes_on(staging / WORK_FOLDER, job, facts, output)) as staging:
         work = staging / WORK_FOLDER
         work.mkdir(exist_ok=True)
-        encoding = _encoding_options(loaded.file, draft.dtype, options, backend, work)
+        encoding = encoding_options(loaded.file, draft.dtype, options, backend, work)
         threads = max(1, workers // max(1, len(tasks)))
-        with closing(Journal(work, job)) as journal:
-            results = _encode_all(tasks, replace(encoding, threads=threads), workers, journal, progress)
-            made = _assemble(tasks, results, draft, options.shard_tokens, journal, staging)
+        with closing(Journal(work, job, facts)) as journal:
+            pool = EncodingPool(options=replace(encoding, threads=threads), workers=workers, hang_seconds=hang_seconds)
+            adopt_shares(output, job, work, journal)
+            results = _encode_all(tasks, pool, journal, progress)
+            made = _assemble(tasks, results, draft, options, journal, staging)
         gather_quarantine(tasks, results, work, staging / "quarantine.jsonl")
         shutil.rmtree(staging / "tokenizer", ignore_errors=True)  # of a run that was stopped here
         loaded.copy_to(staging / "tokenizer")
         write_report(staging, results, find_duplicate_ids(tasks, work))
         shutil.rmtree(work)
-        return made
+    remove_shares(output)
+    return made
 
 
-def _encoding_options(
+def preparation_job(
+    files: Sequence[Piece], tokenizer: TokenizerIdentity, options: PrepareOptions, backend: Backend, range_bytes: int
+) -> tuple[dict[str, Any], str]:
+    """Return what decides the bytes of a dataset, and the name of the job: what decides the files of its tasks."""
+    request = {
+        "inputs": input_facts(files),
+        "tokenizer": asdict(tokenizer),
+        "options": {**asdict(options), "on_bad_line": options.on_bad_line.value},
+    }
+    return request, xxh3_128_hexdigest(json.dumps([request, backend.value, range_bytes]).encode())
+
+
+def encoding_options(
     tokenizer: Path, dtype: str, options: PrepareOptions, backend: Backend, work: Path
 ) -> EncodingOptions:
+    """Return what the processes need to know of a preparation whose tasks are written into a folder."""
     return EncodingOptions(
         tokenizer=tokenizer,
         eos_token=options.eos_token,
@@ -171,11 +189,36 @@ def _encoding_options(
     )
 
 
+def _facts(request: Mapping[str, Any], backend: Backend, range_bytes: int) -> dict[str, Any]:
+    """Return what an unfinished run can be told apart by, in few words."""
+    hashes = {name: xxh3_128_hexdigest(json.dumps(request[name]).encode()) for name in ("inputs", "tokenizer")}
+    options = json.loads(json.dumps(request["options"]))
+    return {**hashes, **options, "backend": backend.value, "range_bytes": range_bytes}
+
+
+def _goes_on(work: Path, job: str, facts: Mapping[str, Any], output: Path) -> bool:
+    """Return whether a folder holds this job, begun; one of another job is told before it is discarded."""
+    if (other := Journal.of_another_job(work, job)) is not None:
+        before, finished = other
+        names = sorted(name for name in {*facts, *before} if facts.get(name) != before.get(name))
+        shown = [
+            name if name in ("inputs", "tokenizer") else f"{name} was {before.get(name)!r}, is {facts.get(name)!r}"
+            for name in names
+        ]
+        logger.warning(
+            "an unfinished run for %s is discarded with its %d finished steps, because the request is another: %s",
+            output,
+            finished,
+            "; ".join(shown) or "it was made by another version",
+        )
+    return Journal.belongs_to(work, job)
+
+
 def _encode_all(
-    tasks: Sequence[Task], encoding: EncodingOptions, workers: int, journal: Journal, progress: Progress | None
+    tasks: Sequence[Task], pool: EncodingPool, journal: Journal, progress: Progress | None
 ) -> list[TaskResult]:
     """Encode the tasks that no earlier run has finished, and return the results of all."""
-    for left_over in encoding.folder.glob("*.tmp"):
+    for left_over in pool.options.folder.glob("*.tmp"):
         left_over.unlink()
     results = {entry["task"]: TaskResult(**entry["result"]) for entry in journal.entries if "task" in entry}
     if progress is not None:
@@ -184,7 +227,7 @@ def _encode_all(
     missing = [task for task in tasks if task.number not in results]
     on_progress = (lambda *_: None) if progress is None else progress.advance
     # closed at once when this loop fails: no worker may write into a folder that is being removed
-    with closing(encode_tasks(missing, encoding, workers, on_progress)) as finished_tasks:
+    with closing(pool.run(missing, on_progress)) as finished_tasks:
         for task, result in finished_tasks:
             results[task.number] = result
             journal.append({"task": task.number, "result": asdict(result)})
@@ -195,7 +238,7 @@ def _assemble(
     tasks: Sequence[Task],
     results: Sequence[TaskResult],
     draft: Manifest,
-    shard_tokens: int,
+    options: PrepareOptions,
     journal: Journal,
     staging: Path,
 ) -> Made:
@@ -206,14 +249,7 @@ def _assemble(
         raise _nothing_to_train_on(dropped, examples, has_documents=bool(documents.any()))
     shards = {}
     for number in np.flatnonzero(documents).tolist():
-        assembly = SplitAssembly(
-            split=number,
-            parts=staging / WORK_FOLDER,
-            folder=staging / SPLITS[number],
-            draft=draft,
-            shard_tokens=shard_tokens,
-            has_metadata=bool(draft.request["options"]["metadata_keys"]),
-        )
+        assembly = _assembly(number, staging, draft, options)
         shards[SPLITS[number]] = tuple(assembly.run(tasks, results, journal))
     counts = np.zeros(draft.vocabulary_size, np.int64)
     for task in tasks:
@@ -229,6 +265,20 @@ def _assemble(
         )
         save_manifest(manifests[name], staging / name)
     return Made(manifests=manifests)
+
+
+def _assembly(split: int, staging: Path, draft: Manifest, options: PrepareOptions) -> SplitAssembly:
+    in_order = SplitAssembly(
+        split=split,
+        parts=staging / WORK_FOLDER,
+        folder=staging / SPLITS[split],
+        draft=draft,
+        shard_tokens=options.shard_tokens,
+        has_metadata=bool(options.metadata_keys),
+    )
+    if options.shuffle_seed is None:
+        return in_order
+    return ShuffledAssembly(**vars(in_order), seed=options.shuffle_seed)
 
 
 def entropy_nats(counts: NDArray[np.int64]) -> float:
@@ -253,4 +303,5 @@ def _command(inputs: Sequence[str | Path | Piece], tokenizer: Path, options: Pre
     words += ["--split", ",".join(map(str, options.fractions)), "--seed", options.seed]
     words += ["--on-bad-line", options.on_bad_line.value, "--max-document-bytes", options.max_document_bytes]
     words += ["--metadata", ",".join(options.metadata_keys)] if options.metadata_keys else []
+    words += ["--shuffle-seed", options.shuffle_seed] if options.shuffle_seed is not None else []
     return " ".join(map(str, words))

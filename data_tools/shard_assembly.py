@@ -5,26 +5,22 @@ Depends on the documents alone, not on how they were cut into tasks; a shard tha
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.journal import Journal
-from data_tools.manifest import METADATA_SUFFIX, FileRecord, Manifest, ShardRecord, SourceRange, sync_folder
-from data_tools.pieces import Piece
+from data_tools.manifest import FileRecord, Manifest, ShardRecord, SourceRange, sync_folder
+from data_tools.open_shard import OpenShard, read_file
 from data_tools.ranges import Task
-from data_tools.shard_index import index_bytes
-from data_tools.shard_writer import HashedFile, write_hashed
 from data_tools.task_encoding import DOCUMENT, SPLITS, TaskResult, metadata_kind, task_file
 
-_BLOCK_TOKENS = 1 << 20
 _BLOCK_DOCUMENTS = 1 << 17
 
 
@@ -36,7 +32,7 @@ class SplitAssembly:
     parts: Path  # the folder of the tasks' files
     folder: Path  # of the shards
     draft: Manifest
-    shard_tokens: int
+    shard_tokens: int | None  # None: all in one
     has_metadata: bool = False  # a line of JSON a document is put beside the tokens
 
     def run(self, tasks: Sequence[Task], results: Sequence[TaskResult], journal: Journal) -> list[ShardRecord]:
@@ -45,132 +41,92 @@ class SplitAssembly:
         Raises:
             OSError: a shard cannot be written; it is gone, the earlier ones are whole.
         """
-        records = self._finished(journal)
-        shard: _Shard | None = None
+        records = self.finished(journal)
+        shard: OpenShard | None = None
         skip = sum(record.documents for record in records)  # a shard holds whole documents
         done: list[Path] = []  # their tokens are all in the shard being written, or in earlier ones
         try:
             for task, result in zip(tasks, results, strict=True):
-                path = task_file(self.parts, task.number, SPLITS[self.split])
                 if result.documents[self.split] <= skip:
                     skip -= result.documents[self.split]
-                    self._forget(path, task)
+                    self.forget(self.files_of(task))
                     continue
-                with path.open("rb") as tokens, self._metadata(task) as metadata:
-                    for documents in self._documents(task):
+                with self.tokens_file(task).open("rb") as tokens, self.metadata_lines(task) as metadata:
+                    for documents in self.documents(task):
                         skipped, skip = documents[:skip], max(0, skip - len(documents))
-                        tokens.seek(_total(skipped) * np.dtype(self.draft.dtype).itemsize, 1)
+                        tokens.seek(int(skipped["length"].sum(dtype=np.int64)) * np.dtype(self.draft.dtype).itemsize, 1)
                         for _ in islice(metadata, len(skipped)):
                             pass
                         left = documents[len(skipped) :]
                         while len(left):
-                            shard = shard or _Shard(self.folder, f"shard-{len(records):05d}", self)
-                            taken = shard.append(tokens, left, task)
+                            shard = shard or self.begin(records)
+                            taken = shard.append(read_file(tokens, self.draft.dtype), left["length"])
                             shard.append_metadata(islice(metadata, taken))
+                            shard.add_sources(task, left[:taken])
                             left = left[taken:]
-                            if shard.tokens >= self.shard_tokens:
-                                records.append(self._publish(shard, journal, done))
+                            if shard.is_full:
+                                records.append(self.publish(shard, journal, done))
                                 shard = None
-                done += [path, self._metadata_file(task)]
+                done += self.files_of(task)
             if shard is not None:
-                records.append(self._publish(shard, journal, done))
+                records.append(self.publish(shard, journal, done))
                 shard = None
         finally:
             if shard is not None:
                 shard.discard()
         return records
 
-    def _documents(self, task: Task) -> Iterator[NDArray[np.void]]:
+    def documents(self, task: Task) -> Iterator[NDArray[np.void]]:
         """Yield the records of this split's documents of a task, in blocks."""
         with task_file(self.parts, task.number, "documents").open("rb") as file:
             while len(block := np.frombuffer(file.read(DOCUMENT.itemsize * _BLOCK_DOCUMENTS), DOCUMENT)):
                 yield block[block["split"] == self.split]
 
-    def _metadata_file(self, task: Task) -> Path:
-        return task_file(self.parts, task.number, metadata_kind(self.split))
+    def tokens_file(self, task: Task) -> Path:
+        """Return the file of this split's tokens of a task; it is there if the task has documents of the split."""
+        return task_file(self.parts, task.number, SPLITS[self.split])
 
-    def _metadata(self, task: Task) -> AbstractContextManager[Iterable[bytes]]:
+    def metadata_lines(self, task: Task) -> AbstractContextManager[Iterable[bytes]]:
         """Return the open lines of metadata of a task; there are none unless they were asked for."""
-        return self._metadata_file(task).open("rb") if self.has_metadata else nullcontext(())
+        path = task_file(self.parts, task.number, metadata_kind(self.split))
+        return path.open("rb") if self.has_metadata else nullcontext(())
 
-    def _forget(self, tokens: Path, task: Task) -> None:
-        tokens.unlink(missing_ok=True)
-        self._metadata_file(task).unlink(missing_ok=True)
+    def files_of(self, task: Task) -> list[Path]:
+        """Return the files of a task that belong to this split alone."""
+        return [self.tokens_file(task), task_file(self.parts, task.number, metadata_kind(self.split))]
 
-    def _finished(self, journal: Journal) -> list[ShardRecord]:
+    def forget(self, paths: Iterable[Path]) -> None:
+        """Remove files whose content is in published shards."""
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def finished(self, journal: Journal) -> list[ShardRecord]:
+        """Return the shards that an earlier run has made."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return [_record(entry["shard"]) for entry in journal.entries if entry.get("split") == self.split]
+        return [
+            _record(entry["shard"])
+            for entry in journal.entries
+            if entry.get("split") == self.split and "shard" in entry
+        ]
 
-    def _publish(self, shard: _Shard, journal: Journal, done: list[Path]) -> ShardRecord:
+    def begin(self, records: Sequence[ShardRecord]) -> OpenShard:
+        """Begin the shard that follows these."""
+        return OpenShard(
+            self.folder,
+            f"shard-{len(records):05d}",
+            dtype=self.draft.dtype,
+            limit=self.shard_tokens,
+            has_metadata=self.has_metadata,
+        )
+
+    def publish(self, shard: OpenShard, journal: Journal, done: list[Path]) -> ShardRecord:
+        """Put a shard on the disk and in the journal; then the files that are done with are removed."""
         record = shard.publish()
         sync_folder(self.folder)
         journal.append({"split": self.split, "shard": asdict(record)})
-        for path in done:
-            path.unlink(missing_ok=True)
+        self.forget(done)
         done.clear()
         return record
-
-
-class _Shard:
-    """A shard being written: tokens go through in blocks, lengths stay in memory as integers."""
-
-    def __init__(self, folder: Path, name: str, assembly: SplitAssembly) -> None:
-        self.folder = folder
-        self.name = name
-        self.dtype = assembly.draft.dtype
-        self.limit = assembly.shard_tokens
-        self.tokens = 0
-        self.lengths = array("i")
-        self.sources: list[SourceRange] = []
-        self.bin = HashedFile(folder / f"{name}.bin")
-        self.metadata = HashedFile(folder / f"{name}.{METADATA_SUFFIX}") if assembly.has_metadata else None
-
-    def append(self, tokens: BinaryIO, documents: NDArray[np.void], task: Task) -> int:
-        """Take documents until the shard is full, and return how many."""
-        ends = np.cumsum(documents["length"], dtype=np.int64)
-        taken = min(int(np.searchsorted(ends, self.limit - self.tokens)) + 1, len(documents))
-        documents = documents[:taken]
-        left = int(ends[taken - 1])
-        self.tokens += left
-        while left:
-            block = np.fromfile(tokens, self.dtype, min(left, _BLOCK_TOKENS))
-            assert len(block), f"{self.name}: the tokens of {task} are fewer than its documents say"
-            self.bin.write(block.data.cast("B"))
-            left -= len(block)
-        self.lengths.frombytes(documents["length"].astype("i4").tobytes())
-        borders = [0, *(np.flatnonzero(np.diff(documents["piece"])) + 1).tolist(), taken]
-        for first, last in zip(borders[:-1], borders[1:], strict=True):
-            piece = task.pieces[documents["piece"][first]]
-            self._add_source(piece, int(documents["start"][first]), int(documents["stop"][last - 1]))
-        return taken
-
-    def append_metadata(self, lines: Iterable[bytes]) -> None:
-        """Take the metadata of the documents that were taken."""
-        for line in lines:
-            assert self.metadata is not None
-            self.metadata.write(line)
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        self.bin.discard()
-        if self.metadata is not None:
-            self.metadata.discard()
-
-    def publish(self) -> ShardRecord:
-        files = {"bin": self.bin.publish()}
-        files["idx"] = write_hashed(self.folder / f"{self.name}.idx", index_bytes(self.lengths, self.dtype))
-        if self.metadata is not None:
-            files[METADATA_SUFFIX] = self.metadata.publish()
-        return ShardRecord(
-            name=self.name, tokens=self.tokens, documents=len(self.lengths), files=files, sources=tuple(self.sources)
-        )
-
-    def _add_source(self, piece: Piece, start: int, stop: int) -> None:
-        last = self.sources[-1] if self.sources else None
-        if last is not None and last.file == piece.shown and last.start <= start:
-            self.sources[-1] = replace(last, stop=max(last.stop, stop))
-        else:
-            self.sources.append(SourceRange(file=piece.shown, start=start, stop=stop, unit=piece.unit))
 
 
 def _record(plain: Mapping[str, Any]) -> ShardRecord:
@@ -178,7 +134,3 @@ def _record(plain: Mapping[str, Any]) -> ShardRecord:
     return ShardRecord(
         **{**plain, "files": files, "sources": tuple(SourceRange(**source) for source in plain["sources"])}
     )
-
-
-def _total(documents: NDArray[np.void]) -> int:
-    return int(documents["length"].sum(dtype=np.int64))

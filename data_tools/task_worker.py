@@ -6,6 +6,7 @@ It ends with its parent, however that ends, so that no orphan writes beside the 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 def main(descriptor: int, parent: int) -> int:
     """Serve one connection; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what a Ctrl-C means
+    faulthandler.register(signal.SIGUSR1)  # the parent asks where it hangs
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:

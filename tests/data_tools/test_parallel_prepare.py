@@ -9,6 +9,8 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,17 +24,22 @@ from data_tools.pieces import Piece
 from data_tools.prepare import PrepareOptions, prepare
 from data_tools.ranges import plan_tasks
 from data_tools.readers import open_piece
+from data_tools.worker_pool import EncodingPool
 from tests.data_tools.conftest import TEXT, write_lines
 
 RANGE_BYTES = 2000  # some sixty tasks
 OPTIONS = PrepareOptions(fractions=(0.6, 0.3, 0.1), shard_tokens=1500, on_bad_line=BadLinePolicy.QUARANTINE)
 COMMAND = """
+import importlib
 import sys
 from pathlib import Path
 from data_tools.prepare import prepare
-from tests.data_tools.test_parallel_prepare import OPTIONS, RANGE_BYTES
-source, tokenizer, output, workers = sys.argv[1:]
-prepare([Path(source)], Path(tokenizer), Path(output), OPTIONS, workers=int(workers), range_bytes=RANGE_BYTES)
+source, tokenizer, output, workers, module, hang_seconds = sys.argv[1:]
+options, range_bytes = importlib.import_module(module).OPTIONS, importlib.import_module(module).RANGE_BYTES
+prepare(
+    [Path(source)], Path(tokenizer), Path(output), options,
+    workers=int(workers), range_bytes=range_bytes, hang_seconds=float(hang_seconds),
+)
 """
 
 
@@ -68,9 +75,12 @@ def clean(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> dict[str, str
     return content(tmp_path / "clean")
 
 
-def begin(corpus: Path, tokenizer: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
+def begin(
+    corpus: Path, tokenizer: Path, output: Path, workers: int, module: str = __name__, hang_seconds: float = 300
+) -> subprocess.Popen[bytes]:
+    words = [corpus, tokenizer, output, workers, module, hang_seconds]
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(corpus), str(tokenizer), str(output), str(workers)],
+        [sys.executable, "-c", COMMAND, *map(str, words)],
         cwd=Path(__file__).parents[2],
         stderr=subprocess.PIPE,
     )
@@ -171,6 +181,57 @@ def test_a_worker_that_dies_ends_the_job_and_names_its_range(
     assert journal.read_bytes().count(b"\n") > 5  # what was finished is kept
     prepare([corpus], tokenizer_folder, out, OPTIONS, workers=2, range_bytes=RANGE_BYTES)
     assert content(out) == clean
+
+
+@pytest.mark.chaos
+def test_a_worker_that_hangs_ends_the_job_and_names_its_range(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
+) -> None:
+    out = tmp_path / "out"
+    process = begin(corpus, tokenizer_folder, out, 2, hang_seconds=2)
+    wait_for_lines(process, out, 5)
+    stopped = psutil.Process(process.pid).children()[0]
+    stopped.suspend()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"WorkerError: the worker that encoded " + str(corpus).encode() in said
+    assert b"hangs: it has neither moved nor used the processor for 2 s" in said
+    assert not stopped.is_running()
+    prepare([corpus], tokenizer_folder, out, OPTIONS, workers=2, range_bytes=RANGE_BYTES)
+    assert content(out) == clean
+
+
+def test_a_worker_that_turns_in_circles_shows_where(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    circles = tmp_path / "circles"
+    circles.mkdir()
+    (circles / "sitecustomize.py").write_text(
+        "import xxhash\n\ndef turn_for_ever(*_):\n    while True:\n        pass\n\n"
+        "xxhash.xxh3_64_intdigest = turn_for_ever\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(circles))
+    monkeypatch.setattr("data_tools.prepare.EncodingPool", partial(EncodingPool, busy_seconds=1))
+    with pytest.raises(WorkerError, match=r"(?s)has used 1 s of the processor.*in turn_for_ever"):
+        prepare([corpus], tokenizer_folder, tmp_path / "out", OPTIONS, workers=2, range_bytes=RANGE_BYTES)
+
+
+def test_another_request_says_that_it_discards_what_was_finished(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    strict = replace(OPTIONS, on_bad_line=BadLinePolicy.FAIL)
+    with pytest.raises(InputError):  # the first bad line comes after some finished tasks
+        prepare([corpus], tokenizer_folder, out, strict, range_bytes=RANGE_BYTES)
+    journal = tmp_path / ".out.partial" / "work" / JOURNAL_NAME
+    if not journal.exists():
+        pytest.fail("nothing was finished before the bad line")
+    with pytest.raises(InputError):
+        prepare([corpus], tokenizer_folder, out, strict, range_bytes=RANGE_BYTES)
+    assert "discarded" not in caplog.text
+    prepare([corpus], tokenizer_folder, out, replace(OPTIONS, seed=9), range_bytes=RANGE_BYTES)
+    assert "is discarded with its" in caplog.text
+    assert "on_bad_line was 'fail', is 'quarantine'; seed was 0, is 9" in caplog.text
 
 
 @pytest.mark.chaos
