@@ -15,6 +15,7 @@ from pretrain.compatibility import choose_engine, find_conflicts
 from pretrain.config import RunConfig, load_config
 from pretrain.data.mixture_plan import mixture_problems
 from pretrain.engines.deepspeed_config import ownership_problems, read_deepspeed_file
+from pretrain.engines.deepspeed_refusals import refused_keys
 from pretrain.engines.pipeline_settings import pipeline_file_problems
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.architecture import Architecture, UnknownFamily, resolve_architecture
@@ -177,6 +178,7 @@ def _deepspeed_values(config: RunConfig, problems: list[Problem]) -> dict[str, A
         return {}
     values = read_deepspeed_file(path)
     problems += ownership_problems(values, path, config)
+    problems += refused_keys(values, path, config)
     problems += pipeline_file_problems(values, path, config.parallel)
     return values
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ParallelSection, RunConfig
+from pretrain.engines.deepspeed_refusals import lookup
 from pretrain.errors import ConfigError, Problem
 
 # DeepSpeed key -> the run configuration's key that owns it. A file may say "auto" for any of them, or leave it out.
@@ -51,7 +52,7 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
 def ownership_problems(values: Mapping[str, Any], path: str | Path, config: RunConfig) -> Iterator[Problem]:
     """Name every key of a file that the run configuration owns, with both places."""
     for key, owner in OWNED_BY_RUN_CONFIG.items():
-        found = _lookup(values, key)
+        found = lookup(values, key)
         if found is not None and found != AUTO:
             yield Problem(
                 f"{key} = {found!r} in {path} is also set by {owner} in the run configuration of {config.name!r}",
@@ -67,6 +68,7 @@ def build_deepspeed_config(
     merged = json.loads(json.dumps(file_values))
     for key in OWNED_BY_RUN_CONFIG:
         _remove(merged, key)
+    _leave_to_deepspeed(merged)
     micro = config.batch.micro_batch_size
     merged.update(
         train_batch_size=micro * accumulation * data_parallel,
@@ -103,11 +105,13 @@ def _add_offload(merged: dict[str, Any], parallel: ParallelSection) -> None:
     merged["zero_force_ds_cpu_optimizer"] = False
 
 
-def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
-    found: Any = values
-    for part in dotted.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
+def _leave_to_deepspeed(values: dict[str, Any]) -> None:
+    """Take out what is "auto" and nobody's number, such as bucket sizes: DeepSpeed's own default is meant."""
+    for key, value in list(values.items()):
+        if value == AUTO:
+            del values[key]
+        elif isinstance(value, dict):
+            _leave_to_deepspeed(value)
 
 
 def _remove(values: dict[str, Any], dotted: str) -> None:

@@ -137,6 +137,30 @@ def _pipeline_cells() -> list[Cell]:
     return [*cells, *(replace(cell, slow=True) for cell in more_ranks)]
 
 
+def _expert_cells() -> list[Cell]:
+    mixtral = {
+        "model_type": "mixtral",
+        "model": (("num_local_experts", 4), ("num_experts_per_tok", 2), ("router_aux_loss_coef", 0.1)),
+        "micro_batch_size": 2,
+    }
+    qwen = {
+        "model_type": "qwen3_moe",
+        "model": (
+            *(("num_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 32)),
+            *(("head_dim", 16), ("router_aux_loss_coef", 0.1)),
+        ),
+        "micro_batch_size": 2,
+    }
+    return [
+        Cell(2, Case(engine="zero", zero_stage=1, **mixtral)),
+        Cell(2, Case(engine="zero", zero_stage=3, precision="bf16", **mixtral)),
+        Cell(2, Case(engine="zero", zero_stage=2, **qwen)),
+        Cell(2, Case(engine="zero", zero_stage=3, recomputation="selective", **qwen)),
+        Cell(2, Case(engine="accelerate", **mixtral)),
+        Cell(2, Case(engine="accelerate", data_parallel="shard", recomputation="full", **qwen)),
+    ]
+
+
 def _sequence_cells() -> list[Cell]:
     cells = [
         Cell(2, Case(sequence=2, zero_stage=stage, precision=precision, layers=3))
@@ -218,7 +242,7 @@ def _offload_cells() -> list[Cell]:
             Cell(2, replace(optimizer, zero_stage=stage, precision=precision))
             for stage, precision in ((1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"))
         ),
-        Cell(2, replace(parameters, micro_batch_size=8)),
+        Cell(2, replace(parameters, micro_batch_size=2)),
         Cell(2, replace(both, precision="bf16", tied=True, model_type="qwen3")),
         Cell(1, replace(optimizer, zero_stage=2)),
         Cell(2, replace(optimizer, tensor=2, zero_stage=2)),
@@ -238,6 +262,7 @@ CELLS: tuple[Cell, ...] = (
     *_accelerate_cells(),
     *_recomputation_cells(),
     *_sequence_cells(),
+    *_expert_cells(),
     *_tensor_cells(),
     *_offload_cells(),
 )
