@@ -5,6 +5,7 @@ Knows folders, journals and files; what is encoded, and how, is prepare.py's.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -43,7 +44,7 @@ class Share:
 
 
 def shares_folder(output: Path, job: str) -> Path:
-    """Return where the shares of a job leave their files: on the file system of the output, so that moving is renaming."""
+    """Return where the shares of a job leave their files: on the file system of the output, for hard links."""
     return output.parent / f".{output.name}.shares" / job
 
 
@@ -61,9 +62,9 @@ def own_share(output: Path, job: str, share: Share) -> Iterator[Path]:
 
 
 def adopt_shares(output: Path, job: str, work: Path, journal: Journal) -> int:
-    """Move the files of all finished tasks of all shares into a work folder and its journal; return their number.
+    """Put the files of all finished tasks of all shares into a work folder and its journal; return their number.
 
-    A file is moved before its line is written: after a kill between the two, the share's own journal still has it.
+    They are hard links: whenever this is killed, the shares are still whole.
 
     Raises:
         StorageError: a share is still being encoded.
@@ -77,7 +78,7 @@ def adopt_shares(output: Path, job: str, work: Path, journal: Journal) -> int:
                     continue
                 for path in sorted(folder.glob(f"task-{entry['task']:07d}.*")):
                     if path.suffix != ".tmp":
-                        path.rename(work / path.name)
+                        _link(path, work / path.name)
                 sync_folder(work)
                 journal.append(entry)
                 journal.entries.append(entry)
@@ -89,6 +90,16 @@ def adopt_shares(output: Path, job: str, work: Path, journal: Journal) -> int:
 def remove_shares(output: Path) -> None:
     """Remove what shares have left, of this job and of earlier ones."""
     shutil.rmtree(output.parent / f".{output.name}.shares", ignore_errors=True)
+
+
+def _link(path: Path, name: Path) -> None:
+    name.unlink(missing_ok=True)  # of a run that was killed before it wrote the line
+    try:
+        name.hardlink_to(path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+            raise
+        shutil.copyfile(path, name)  # a file system without hard links
 
 
 @contextmanager
