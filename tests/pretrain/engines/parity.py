@@ -143,6 +143,15 @@ def main() -> None:
         row = found[layout]
         numbers = " | ".join(f"{row[key]:.1e}" for key in ("loss", "gradient_norm", "weights", "moments"))
         lines.append(f"| {layout.rpartition(' ')[0] or 'usual'} | {row['ranks']} | {numbers} | {row['state']:,} |")
+    lines += [
+        "",
+        "## One run on five layouts",
+        "",
+        "`python -m tests.launch.layout_changes DATASET FOLDER --plot FILE.png`: the run stops every 20 steps and goes on",
+        "with the next layout; the grey line is one process that never stops.",
+        "",
+        "![losses of both runs](layout_changes.png)",
+    ]
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
