@@ -1,0 +1,97 @@
+"""prepare by several machines: each encodes a share of the tasks, one puts the dataset together.
+
+The dataset is byte for byte that of one machine: what a task's files hold does not depend on who wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.choices import Backend
+from data_tools.input_files import find_inputs
+from data_tools.journal import Journal
+from data_tools.prepare import PrepareOptions, Progress, encoding_options, preparation_job, prepare
+from data_tools.publish import Made, is_finished
+from data_tools.ranges import RANGE_BYTES, plan_tasks
+from data_tools.shard_writer import token_dtype
+from data_tools.task_shares import Share, own_share
+from data_tools.tokenizer import load_tokenizer
+from data_tools.worker_pool import EncodingPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A dataset to be made: what every machine must be told alike."""
+
+    inputs: Sequence[str | Path]
+    tokenizer: Path
+    output: Path
+    options: PrepareOptions
+    backend: Backend = Backend.AUTO
+    range_bytes: int = RANGE_BYTES
+
+    def encode(self, share: Share, workers: int = 1, progress: Progress | None = None) -> int:
+        """Encode the tasks of a share that no earlier call has finished, and return how many the share has.
+
+        Raises:
+            StorageError: another process encodes this share.
+            Exception: as `prepare`.
+        """
+        loaded = load_tokenizer(self.tokenizer, self.options.eos_token)
+        files = find_inputs(self.inputs)
+        request, job = preparation_job(files, loaded.identity, self.options, self.backend, self.range_bytes)
+        tasks = share.of(plan_tasks(files, self.range_bytes))
+        if is_finished(self.output, request):
+            return len(tasks)
+        with own_share(self.output, job, share) as folder, closing(Journal(folder, job)) as journal:
+            for left_over in folder.glob("*.tmp"):
+                left_over.unlink()
+            finished = {entry["task"] for entry in journal.entries if "task" in entry}
+            missing = [task for task in tasks if task.number not in finished]
+            if progress is not None:
+                total = sum(task.disk_bytes for task in tasks)
+                progress.start(total, total - sum(task.disk_bytes for task in missing))
+            dtype = token_dtype(loaded.vocabulary_size)
+            encoding = encoding_options(loaded.file, dtype, self.options, self.backend, folder)
+            pool = EncodingPool(
+                options=replace(encoding, threads=max(1, workers // max(1, len(tasks)))), workers=workers
+            )
+            on_progress = (lambda *_: None) if progress is None else progress.advance
+            with closing(pool.run(missing, on_progress)) as encoded:
+                for task, result in encoded:
+                    journal.append({"task": task.number, "result": asdict(result)})
+        return len(tasks)
+
+    def finish(self, workers: int = 1, progress: Progress | None = None) -> Made:
+        """Put the dataset together from what shares have encoded; what they have not is encoded here.
+
+        Raises:
+            StorageError: a share is still being encoded.
+            Exception: as `prepare`.
+        """
+        return prepare(
+            list(self.inputs),
+            self.tokenizer,
+            self.output,
+            self.options,
+            workers=workers,
+            backend=self.backend,
+            range_bytes=self.range_bytes,
+            progress=progress,
+        )
+
+
+def share_stages(preparation: Preparation, shares: int) -> Iterator[Any]:
+    """Yield the stages of a cluster job: the shares, then the whole.
+
+    Needs the extra `curate`: its executors are datatrove's.
+    """
+    from data_tools.curation.stages import Stage
+    from data_tools.preparation_blocks import EncodeShare, FinishDataset
+
+    yield Stage(name="encode", tasks=shares, pipeline=[EncodeShare(preparation)])
+    yield Stage(name="finish", tasks=1, pipeline=[FinishDataset(preparation)])
