@@ -147,8 +147,8 @@ def main() -> None:
         "",
         "## One run on five layouts",
         "",
-        "`python -m tests.launch.layout_changes DATASET FOLDER --plot FILE.png`: the run stops every 20 steps and goes on",
-        "with the next layout; the grey line is one process that never stops.",
+        "`python -m tests.launch.layout_changes DATASET FOLDER --plot FILE.png`: a run stops every 20 steps and",
+        "goes on with the next layout; the grey line is one process that never stops.",
         "",
         "![losses of both runs](layout_changes.png)",
     ]
