@@ -24,7 +24,9 @@ from data_tools.open_shard import OpenShard, read_file
 from data_tools.pieces import Piece
 from data_tools.prepare import PrepareOptions, encoding_options, prepare
 from data_tools.ranges import RANGE_BYTES, Task
+from data_tools.remote_inputs import remote_inputs
 from data_tools.shard_assembly import SplitAssembly
+from data_tools.storage import is_url
 from data_tools.task_encoding import SPLITS
 from data_tools.tokenizer import load_tokenizer
 from data_tools.worker_pool import EncodingPool
@@ -71,7 +73,7 @@ def rebuild_shards(
         )
     scratch.mkdir(parents=True, exist_ok=True)
     if options.shuffle_seed is not None:
-        inputs = [Piece(file=Path(fact["file"])) for fact in manifest.request["inputs"]]
+        inputs = [_piece_called(fact["file"]) for fact in manifest.request["inputs"]]
         _check_inputs(manifest, {piece.shown for piece in inputs})
         prepare(inputs, tokenizer, scratch / "all", options, workers=workers, backend=backend)
         made = load_manifest(scratch / "all" / manifest.split)
@@ -142,7 +144,7 @@ def _tasks(sources: Sequence[SourceRange]) -> Iterator[tuple[Task, SourceRange]]
     """Yield what is to be read: ranges of plain lines, all of any other file."""
     number = 0
     for source in sources:
-        whole = Piece(file=Path(source.file))
+        whole = _piece_called(source.file)
         pieces = [whole]
         if whole.kind.format is Format.JSON_LINES and whole.kind.compression is Compression.NONE:
             starts = range(source.start, source.stop, RANGE_BYTES)
@@ -184,14 +186,19 @@ def _check_inputs(manifest: Manifest, files: set[str]) -> None:
     facts: Mapping[str, Any] = {fact["file"]: fact for fact in manifest.request["inputs"]}
     wrong = []
     for file in sorted(files):
-        if file not in facts or not Path(file).is_file():
+        if file not in facts or not (is_url(file) or Path(file).is_file()):
             wrong.append(f"{file} is not there any more")
-        elif json.loads(json.dumps(input_facts([Piece(file=Path(file))])[0])) != facts[file]:
+        elif json.loads(json.dumps(input_facts([_piece_called(file)])[0])) != facts[file]:
             wrong.append(f"{file} is not what it was")
     if wrong:
         raise InputError(
             "\n        ".join(wrong), "the inputs that the dataset was made from", "restore them, or prepare it again"
         )
+
+
+def _piece_called(name: str) -> Piece:
+    """Return an input by its name in the manifest; of one behind a URL, the copy on this machine."""
+    return next(remote_inputs(name)) if is_url(name) else Piece(file=Path(name))
 
 
 def _same(folder: Path, wanted: ShardRecord, made: ShardRecord | None, scratch: Path) -> dict[str, Path]:
