@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from data_tools.document_tokenizer import DocumentTokenizer, read_settings, require_package, sha256_of
 from data_tools.errors import InputError
 from data_tools.manifest import TokenizerIdentity
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".tiktoken"
 _END_OF_TEXT = "<|endoftext|>"
@@ -84,6 +87,7 @@ class TiktokenRanks(DocumentTokenizer):
             settings_sha256=sha256_of(json.dumps([settings.pattern, special], sort_keys=True).encode()),
         )
         self._ranks, self._settings = ranks, settings
+        self._converted: Any = None
         try:
             self._encoding = Encoding(
                 file.stem, pat_str=settings.pattern, mergeable_ranks=ranks, special_tokens=dict(special)
@@ -99,7 +103,22 @@ class TiktokenRanks(DocumentTokenizer):
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return the ids of each text, (tokens + 1,) int32, ending in EOS."""
-        return [np.array([*self._encoding.encode_ordinary(text), self.eos_id], np.int32) for text in texts]
+        return [np.array([*self._encode(text), self.eos_id], np.int32) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return list(self._encoding.encode_ordinary(text))
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the library's Rust, which is no Exception
+                raise
+            # a run of a million spaces or so is more than its regular expressions can go through
+            logger.warning("%s: tiktoken fails on a text of %d characters; tokenizers encodes it", self.file, len(text))
+            if self._converted is None:
+                from tokenizers import Tokenizer
+
+                self._converted = Tokenizer.from_buffer(self.tokenizer_json())
+                self._converted.encode_special_tokens = True
+            return list(self._converted.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens shown."""

@@ -264,3 +264,13 @@ def test_a_model_whose_json_would_differ_says_so(tmp_path: Path, corpus: list[st
     vars(tokenizer)["encode_documents"] = lambda texts: [np.array([1, 2, 3])] * len(texts)
     tokenizer.copy_to(tmp_path / "again")
     assert [record.args[1] for record in caplog.records if isinstance(record.args, tuple)] == list(PROBES)
+
+
+def test_a_text_on_which_tiktoken_fails_is_encoded_by_tokenizers(ranks: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its regular expressions run out of stack on a long run of spaces."""
+    tokenizer = load_tokenizer(ranks)
+    text = f"a{' ' * 2_000_000}b"
+    (ids,) = tokenizer.encode_documents([text])
+    assert "tiktoken fails on a text of 2000002 characters" in caplog.text
+    assert tokenizer.decode(ids[:-1].tolist()) == text
+    assert ids[-1] == tokenizer.eos_id
