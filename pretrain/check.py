@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.config import RunConfig
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, DataError
 from pretrain.models.pipeline_stages import bubble_fraction, is_bidirectional, stages_of_rank
 from pretrain.run_plan import RunPlan, load_and_plan
 
@@ -31,14 +31,15 @@ def print_check(path: Path, overrides: Sequence[str], *, world_size: int, ranks_
 
     Raises:
         ConfigError: with every problem; as JSON they are printed as well.
+        DataError: likewise, with those of training datasets that lie here.
     """
     try:
         config, plan = load_and_plan(path, overrides, world_size)
-    except ConfigError as error:
+        reading = _plan_reading(config, plan)
+    except (ConfigError, DataError) as error:
         if as_json:
             _print_json({"problems": [dataclasses.asdict(problem) for problem in error.problems]})
         raise
-    reading = _plan_reading(config, plan)
     if as_json:
         _print_json({**plan_values(config, plan), "data": dataclasses.asdict(reading) if reading else None})
         return

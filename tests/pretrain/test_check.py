@@ -16,6 +16,7 @@ from pretrain.errors import ConfigError
 from pretrain.models.presets import PRESETS
 from pretrain.preset_table import RESERVED_GIB, preset_rows
 from pretrain.run_plan import plan_run
+from tests.pretrain.data.datasets import numbered_rows
 from tests.architecture.recipe_table import world_size_of
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,37 @@ def test_a_number_with_two_owners_is_refused_with_both_places(tmp_path: Path) ->
 def test_a_missing_data_folder_is_only_a_warning() -> None:
     plan = plan_run(load_config(RECIPES[0], ["data.train=nowhere"]), 8)
     assert "data.train[0]: nowhere is not a folder here" in plan.warnings
+
+
+def test_what_is_read_of_each_source_is_shown_and_must_suffice(tmp_path: Path) -> None:
+    for name, rows in {"web": 30, "code": 10}.items():
+        numbered_rows(tmp_path / name, rows, 16)
+    sources = f"data.train=[{{path: {tmp_path}/web, weight: 3}}, {{path: {tmp_path}/code, weight: 1, max_epochs: 2}}]"
+    sizes = "batch={sequence_length: 16, micro_batch_size: 1, global_batch_size: 4}"
+    common = (str(RECIPES[0]), "model.preset=llama-125m", "model.vocab_size=60000", sources, sizes)
+    limited = ("model.max_position_embeddings=16", "schedule={total_steps: 40, warmup_steps: 1}", "data.validation={}")
+    values = plan_of(*common, *limited)
+    assert values["data"]["given"]["code"] == {"rows": 20, "tokens": 320, "epochs": 2.0}
+    assert values["data"]["given"]["web"]["rows"] == 140
+    assert "web will be read 4.7 times" in values["data"]["warnings"][0]
+    both = sources.replace("weight: 3", "weight: 3, max_epochs: 4")
+    refused = plan_of(*common, *limited, both, expected=65)
+    (problem,) = refused["problems"]
+    assert "asks for 2,560 tokens, and every source that has a weight is used up after 2,240" in problem["found"]
+
+
+def plan_of(*arguments: str, expected: int = 0) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", "check", *arguments, "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == expected, done.stderr
+    values: dict[str, Any] = json.loads(done.stdout)
+    return values
 
 
 def test_other_model_types_are_counted_on_the_built_model() -> None:

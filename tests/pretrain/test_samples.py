@@ -62,9 +62,10 @@ def test_the_rows_of_a_step_are_those_of_the_loader(run: Path, monkeypatch: pyte
     given = ledger(rows, 24)
     assert lines[1].startswith(f"  web: {given['web'].rows} rows, {given['web'].tokens} tokens")
     places = rows.locate(np.arange(24, 28))
+    names = ("web", "code")
     titles = [line for line in lines if line.startswith("===")]
     assert titles == [
-        f"=== sample {sample}: {('web', 'code')[place.source]}, row {place.row}, epoch {place.epoch}: {WIDTH} tokens ==="
+        f"=== sample {sample}: {names[place.source]}, row {place.row}, epoch {place.epoch}: {WIDTH} tokens ==="
         for sample, place in enumerate(places, 24)
     ]
     shown = [int(word) for line in lines[3:] if line[0] not in "=-" for word in line.split()]
