@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pretrain.models.attention import document_inputs, has_packed_rows, watched_document_borders
+from pretrain.models.attention import document_inputs, has_packed_rows, known_packing, watched_document_borders
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.initialization import Gather, no_gather
@@ -99,9 +99,10 @@ class StageBody(nn.Module):
     def _run(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         inputs = document_inputs(batch, self._attention)
         ids = inputs.pop("input_ids")  # variable-length kernels get all rows as one
-        out: torch.Tensor = self.base_model(
-            inputs_embeds=hidden.view(*ids.shape, hidden.shape[-1]), **inputs, use_cache=False
-        )[0]
+        with known_packing(batch):
+            out: torch.Tensor = self.base_model(
+                inputs_embeds=hidden.view(*ids.shape, hidden.shape[-1]), **inputs, use_cache=False
+            )[0]
         return out.view(hidden.shape)
 
 
