@@ -62,7 +62,9 @@ class AcceleratedEngine:
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         norm = self._update()
         loss, z_loss = distributed.all_reduce_sum(sums) / targets
-        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=~norm.isfinite())
+        routers = self._model.routers
+        counters = routers.report(distributed.all_reduce_sum, targets) if routers else {}
+        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=~norm.isfinite(), counters=counters)
 
     def _update(self) -> torch.Tensor:
         norm = torch.nn.utils.get_total_norm(self._held.collect_gradients())

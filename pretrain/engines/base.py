@@ -6,7 +6,7 @@ method, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,11 +20,12 @@ from pretrain.models.batch import Batch
 class StepResult:
     """One optimizer step. Tensors stay on the device: reading one makes the host wait, so only reports do."""
 
-    loss: torch.Tensor  # scalar, nats per target token over the global batch, z-loss not included
+    # scalar, nats per target token over the global batch; with the weighted loss of routers, without the z-loss
+    loss: torch.Tensor
     z_loss: torch.Tensor  # scalar, mean of logsumexp(logits)^2 over the same tokens, unweighted
     gradient_norm: torch.Tensor  # scalar, global L2 norm before clipping
     skipped: torch.Tensor | bool  # true where a non-finite gradient left every weight as it was
-    counters: dict[str, float] = field(default_factory=dict)  # engine-specific, such as loss_scale
+    counters: Mapping[str, float | torch.Tensor] = field(default_factory=dict)  # such as loss_scale, router/load_max
 
 
 @dataclass(frozen=True, kw_only=True)

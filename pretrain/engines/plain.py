@@ -50,7 +50,9 @@ class PlainEngine:
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         norm = self._update()
         loss, z_loss = sums / max(1, targets)
-        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=~norm.isfinite())
+        routers = self._model.routers
+        counters = routers.report(lambda sums: sums, max(1, targets)) if routers else {}
+        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=~norm.isfinite(), counters=counters)
 
     def _update(self) -> torch.Tensor:
         """Clip and step inside one fused kernel; a non-finite norm makes it change nothing, without a host wait."""

@@ -120,7 +120,9 @@ class ZeroEngine:
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         norm, skipped = self._update()
         loss, z_loss = self._sum_over_data(sums) / targets
-        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=skipped, counters=self._counters())
+        return StepResult(
+            loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=skipped, counters=self._counters(targets)
+        )
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor | bool]:
         engine = self._engine
@@ -141,8 +143,13 @@ class ZeroEngine:
         parts = self._config.parallel.sequence
         return (index * self._ranks + self._place.data) * parts + self._place.sequence
 
-    def _counters(self) -> dict[str, float]:
-        return {"loss_scale": float(self._engine.optimizer.loss_scale)} if self._config.precision == "fp16" else {}
+    def _counters(self, targets: torch.Tensor) -> dict[str, float | torch.Tensor]:
+        counters: dict[str, float | torch.Tensor] = {}
+        if self._config.precision == "fp16":
+            counters["loss_scale"] = float(self._engine.optimizer.loss_scale)
+        if self._model.routers:
+            counters.update(self._model.routers.report(self._sum_over_data, targets))
+        return counters
 
     def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
         """See Engine."""

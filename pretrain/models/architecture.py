@@ -103,7 +103,7 @@ def resolve_architecture(section: ModelSection, sequence_length: int) -> Archite
     own = _declared_names(family, given)
     fields = {**family.shape_defaults, **own}
     problems += _wrong_kinds(family, fields)
-    problems += _untrainable(family, fields)
+    problems += _untrainable(fields)
     if not problems:
         positions = family.aliases.get("max_position_embeddings", "max_position_embeddings")
         if positions not in own:
@@ -206,15 +206,8 @@ _MAY_BE_NULL = frozenset({"sliding_window", "num_key_value_heads"})
 _LEAST: Mapping[str, int] = {"max_window_layers": 0, "num_experts": 0}
 
 
-def _untrainable(family: Family, fields: Mapping[str, Any]) -> Iterator[Problem]:
+def _untrainable(fields: Mapping[str, Any]) -> Iterator[Problem]:
     """Settings that training does not honour yet, so that they are refused instead of ignored."""
-    coefficient = fields.get("router_aux_loss_coef", family.router_loss)
-    if coefficient:
-        yield Problem(
-            f"model.router_aux_loss_coef is {coefficient}, but the router's balancing loss is not in this version",
-            "0",
-            "set model.router_aux_loss_coef=0",
-        )
     if fields.get("add_cross_attention"):
         yield Problem(
             "model.add_cross_attention is true", "false: a decoder alone", "set model.add_cross_attention=false"

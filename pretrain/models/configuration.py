@@ -50,7 +50,6 @@ def resolve_model_config(model: ModelSection, *, sequence_length: int, attention
             Problem(f"model: {error}", "values that the family's configuration accepts", "change the field")
         ) from error
     _fit_positions(config, sequence_length, given)
-    _refuse_router_loss(config)
     config.use_cache = False
     config._attn_implementation = choose_attention(attention, _network_class(config, model_type))
     return config
@@ -138,16 +137,3 @@ def _fit_positions(config: PretrainedConfig, sequence_length: int, given: Mappin
         )
     logger.info("model.%s grows from the family's %d to %d", own_name, reach, sequence_length)
     setattr(config, own_name, sequence_length)
-
-
-def _refuse_router_loss(config: PretrainedConfig) -> None:
-    """The balancing loss of mixture-of-experts routers is not built yet, so asking for it cannot be ignored."""
-    coefficient = getattr(config, "router_aux_loss_coef", None)
-    if coefficient:
-        raise ConfigError(
-            Problem(
-                f"model.router_aux_loss_coef is {coefficient}, but the router's balancing loss is not supported",
-                "0: train the experts without a balancing loss",
-                "set model.router_aux_loss_coef: 0",
-            )
-        )

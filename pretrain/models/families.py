@@ -27,7 +27,6 @@ class Family:
     always_query_bias: bool = False  # q, k, v carry biases whatever attention_bias says
     always_biased: bool = False  # every linear of the block has a bias
     window_needs_switch: bool = False  # sliding_window counts only where use_sliding_window is true
-    router_loss: float | None = None  # default of router_aux_loss_coef
 
     @property
     def known_fields(self) -> frozenset[str]:
@@ -160,7 +159,6 @@ FAMILIES: Mapping[str, Family] = {
         },
         other_fields=_COMMON | _ROUTER | {"router_jitter_noise"},
         aliases={"num_experts": "num_local_experts"},
-        router_loss=0.001,
     ),
     "qwen3_moe": Family(
         shape_defaults={
@@ -182,7 +180,6 @@ FAMILIES: Mapping[str, Family] = {
             **_WINDOW_SWITCH,
         },
         other_fields=_COMMON | _ROUTER | {"norm_topk_prob"},
-        router_loss=0.001,
         query_key_norm="per_head",
         window_needs_switch=True,
     ),

@@ -17,6 +17,7 @@ from pretrain.models.attention import document_inputs, has_packed_rows, known_pa
 from pretrain.models.batch import Batch
 from pretrain.models.loss import OutputHead, full_logits_loss
 from pretrain.models.recomputation import enable_recomputation
+from pretrain.models.router import routers_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class TrainingModel(nn.Module):
         self._has_fused_loss = self._fuse_loss(loss)
         self._layers = list(decoder_layers(network))  # a plain list: registered once, below the network
         self._has_checked_borders = False
+        self.routers = routers_of(network, has_plain_head=self._has_fused_loss)
         enable_recomputation(network, self._layers, execution)
         if execution.compile:
             for layer in self._layers:
@@ -66,6 +68,7 @@ class TrainingModel(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums over the micro-batch's target tokens, fp32 scalars: cross-entropy (nats), logsumexp of logits squared.
 
+        While a mixture of experts trains, the first holds its routers' weighted balancing loss as well (router.py).
         The objective to differentiate is `first + loss.z_loss * second`, times any factor (see OutputHead.forward).
 
         Raises:
@@ -85,11 +88,14 @@ class TrainingModel(nn.Module):
             with known_packing(batch):
                 logits = self.network(**inputs, use_cache=False).logits
             return full_logits_loss(logits.flatten(0, -2), labels)
+        watched = {"output_router_logits": True} if self.routers and self.training else {}
         with known_packing(batch):
-            hidden = self.network.base_model(**inputs, use_cache=False)[0].flatten(0, -2)
+            output = self.network.base_model(**inputs, use_cache=False, **watched)
         head = self.network.get_output_embeddings()
-        sums: tuple[torch.Tensor, torch.Tensor] = head(hidden, labels, batch.target_count)
-        return sums
+        loss, squared = head(output[0].flatten(0, -2), labels, batch.target_count)
+        if self.routers and watched:
+            loss = loss + self.routers.watch(output.router_logits, batch.target_count)
+        return loss, squared
 
     def use_attention(self, name: str) -> None:
         """Compute attention by another function of transformers' registry, which keeps documents apart by itself."""

@@ -90,7 +90,7 @@ class StepMeter:
         }
         if self._flops_per_token and self._peak_flops_per_second:
             values["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops_per_second
-        values.update(result.counters)
+        values.update({name: float(value) for name, value in result.counters.items()})
         self._skipped_steps = skipped_steps
         self._start()
         return values
