@@ -16,8 +16,8 @@ from pretrain.errors import ConfigError
 from pretrain.models.presets import PRESETS
 from pretrain.preset_table import RESERVED_GIB, preset_rows
 from pretrain.run_plan import plan_run
-from tests.pretrain.data.datasets import numbered_rows
 from tests.architecture.recipe_table import world_size_of
+from tests.pretrain.data.datasets import numbered_rows
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch" / "recipes").rglob("*.yaml"))
