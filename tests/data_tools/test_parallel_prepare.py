@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from data_tools.pieces import Piece
 from data_tools.prepare import PrepareOptions, prepare
 from data_tools.ranges import plan_tasks
 from data_tools.readers import open_piece
+from data_tools.task_encoding import TaskEncoder
 from data_tools.worker_pool import EncodingPool
 from tests.data_tools.conftest import TEXT, write_lines
 
@@ -143,6 +145,35 @@ def test_a_killed_run_goes_on_where_it_stopped(
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_twenty_kills_of_workers_and_parents_leave_no_trace(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str], workers: int
+) -> None:
+    chance = random.Random(100 + workers)
+    out = tmp_path / "out"
+    kills = rounds = 0
+    while kills < 20:
+        rounds += 1
+        assert rounds < 200, "too few of the kills hit"
+        process = begin(corpus, tokenizer_folder, out, workers)
+        wait_for_lines(process, out, chance.randint(1, 5))
+        time.sleep(chance.random() * 0.05)
+        children = [] if process.poll() is not None else psutil.Process(process.pid).children()
+        kills += process.poll() is None
+        if children and chance.random() < 0.5:
+            chance.choice(children).kill()
+        else:
+            process.kill()
+        process.communicate(timeout=60)
+        if out.exists():  # all was finished before twenty: once more from the beginning
+            assert content(out) == clean
+            shutil.rmtree(out)
+    prepare([corpus], tokenizer_folder, out, OPTIONS, workers=workers, range_bytes=RANGE_BYTES)
+    assert content(out) == clean
+
+
+@pytest.mark.chaos
 def test_a_run_killed_between_shards_goes_on(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
 ) -> None:
@@ -217,21 +248,32 @@ def test_a_worker_that_turns_in_circles_shows_where(
 
 
 def test_another_request_says_that_it_discards_what_was_finished(
-    tmp_path: Path, corpus: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    out = tmp_path / "out"
-    strict = replace(OPTIONS, on_bad_line=BadLinePolicy.FAIL)
-    with pytest.raises(InputError):  # the first bad line comes after some finished tasks
-        prepare([corpus], tokenizer_folder, out, strict, range_bytes=RANGE_BYTES)
-    journal = tmp_path / ".out.partial" / "work" / JOURNAL_NAME
-    if not journal.exists():
-        pytest.fail("nothing was finished before the bad line")
-    with pytest.raises(InputError):
-        prepare([corpus], tokenizer_folder, out, strict, range_bytes=RANGE_BYTES)
+    encode = TaskEncoder.encode
+
+    def stop_at_ten(self, task, on_progress):
+        if task.number == 10:
+            raise OSError(28, "No space left on device")
+        return encode(self, task, on_progress)
+
+    def run(options: PrepareOptions) -> None:
+        prepare([corpus], tokenizer_folder, tmp_path / "out", options, range_bytes=RANGE_BYTES)
+
+    monkeypatch.setattr(TaskEncoder, "encode", stop_at_ten)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            run(OPTIONS)
     assert "discarded" not in caplog.text
-    prepare([corpus], tokenizer_folder, out, replace(OPTIONS, seed=9), range_bytes=RANGE_BYTES)
-    assert "is discarded with its" in caplog.text
-    assert "on_bad_line was 'fail', is 'quarantine'; seed was 0, is 9" in caplog.text
+    (corpus / "c00.txt").write_text("changed")
+    monkeypatch.undo()
+    run(replace(OPTIONS, seed=9))
+    assert "is discarded with its 10 finished steps" in caplog.text
+    assert ": inputs; seed was 0, is 9" in caplog.text
 
 
 @pytest.mark.chaos
@@ -273,8 +315,6 @@ def test_a_bad_line_of_a_range_has_the_number_it_has_in_the_file(
 def test_a_range_that_was_encoded_is_not_encoded_again(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_tools.task_encoding import TaskEncoder
-
     encode = TaskEncoder.encode
     done: list[int] = []
 
