@@ -30,32 +30,32 @@ LAYOUTS = {
     "zero 3 x tensor 2": (2, Case(engine="zero", zero_stage=3, tensor=2)),
     "zero 3 x 2 x tensor 2": (4, Case(engine="zero", zero_stage=3, tensor=2, micro_batch_size=2)),
     "zero 1 x 4": (4, Case(engine="zero", zero_stage=1, micro_batch_size=2)),
+    "zero 2 offloaded x 2": (2, Case(engine="zero", zero_stage=2, offload_optimizer="cpu")),
+    "zero 3 offloaded x 2": (
+        2,
+        Case(engine="zero", zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
+    ),
     "ddp x 2": (2, Case(engine="accelerate")),
     "fsdp x 1": (1, Case(engine="accelerate", data_parallel="shard")),
     "fsdp x 2": (2, Case(engine="accelerate", data_parallel="shard")),
     "sequence x 2": (2, Case(sequence=2, zero_stage=1)),
     "sequence zero 3 x 2": (2, Case(sequence=2, zero_stage=3)),
-    "stages 2": (2, Case(pipeline=2, micro_batch_size=2, layers=4)),
+    "stages 2": (2, Case(pipeline=2)),
+    "stages 2, zero 0": (2, Case(pipeline=2, zero_stage=0)),
+    "stages 2 x tensor 2": (4, Case(pipeline=2, tensor=2)),
     "stages 2, tied": (2, Case(pipeline=2, tied=True, micro_batch_size=2, layers=4)),
     "both ways, tied": (2, Case(pipeline=2, pipeline_schedule="dualpipev", tied=True, micro_batch_size=2, layers=4)),
-    "stages 2, zero 0": (2, Case(pipeline=2, zero_stage=0, micro_batch_size=2, layers=4)),
-    "stages 2 x tensor 2": (4, Case(pipeline=2, tensor=2, micro_batch_size=2, layers=4)),
-    "stages 4 x 1": (4, Case(pipeline=4, micro_batch_size=2, layers=4)),
-    "plain, 4 layers": (1, Case(engine="plain", micro_batch_size=2, layers=4)),
-    "plain, 4 layers, tied": (1, Case(engine="plain", tied=True, micro_batch_size=2, layers=4)),
-    "zero 3 x 2, 4 layers": (2, Case(engine="zero", zero_stage=3, micro_batch_size=2, layers=4)),
+    "plain, tied": (1, Case(engine="plain", tied=True, micro_batch_size=2, layers=4)),
 }
 CHANGES = [
-    ("stages 2", "plain, 4 layers"),
-    ("plain, 4 layers", "stages 2"),
-    ("stages 2, tied", "plain, 4 layers, tied"),
-    ("plain, 4 layers, tied", "stages 2, tied"),
-    ("both ways, tied", "stages 2, tied"),
-    ("plain, 4 layers, tied", "both ways, tied"),
-    ("zero 3 x 2, 4 layers", "stages 2, zero 0"),
+    ("stages 2", "plain"),
+    ("plain", "stages 2"),
+    ("zero 1 x 2", "stages 2, zero 0"),
     ("stages 2, zero 0", "stages 2 x tensor 2"),
-    ("stages 2 x tensor 2", "stages 4 x 1"),
-    ("stages 4 x 1", "zero 3 x 2, 4 layers"),
+    ("stages 2 x tensor 2", "tensor 2"),
+    ("stages 2, tied", "plain, tied"),
+    ("plain, tied", "both ways, tied"),
+    ("both ways, tied", "stages 2, tied"),
     ("plain", "zero 3 x 2"),
     ("zero 0 x 2", "zero 1 x 2"),
     ("zero 1 x 2", "zero 3 x 2"),
@@ -64,6 +64,10 @@ CHANGES = [
     ("zero 3 x 2", "zero 2 x 2"),
     ("zero 3 x 2", "zero 3 x 1"),
     ("zero 3 x 1", "zero 0 x 2"),
+    ("plain", "zero 2 offloaded x 2"),
+    ("zero 2 offloaded x 2", "zero 3 x 2"),
+    ("tensor 2", "zero 3 offloaded x 2"),
+    ("zero 3 offloaded x 2", "zero 1 x 2"),
     ("plain", "zero 1 x 4"),
     ("zero 1 x 4", "plain"),
     ("plain", "tensor 2"),
@@ -132,8 +136,10 @@ def test_another_layout_goes_on(rank_pool: Pool, tmp_path: Path, saved: str, res
 def test_the_same_layout_is_equal_to_the_bit(rank_pool: Pool, tmp_path: Path, layout: str, precision: str) -> None:
     ranks, case = LAYOUTS[layout]
     case = replace(case, precision=precision)
-    if precision == "fp16" and (case.engine != "zero" or case.zero_stage == 0):
+    if precision == "fp16" and (case.engine != "zero" or case.zero_stage == 0 or case.offload_optimizer != "none"):
         pytest.skip("fp16 is refused there, see pretrain/compatibility.py")
+    if precision == "bf16" and case.zero_stage == 0 and case.pipeline > 1:
+        pytest.skip("refused, see pretrain/models/pipeline_stages.py")
     expected = rank_pool(ranks).run(save_and_go_on, case, str(tmp_path))
     for before, after in zip(expected, rank_pool(ranks).run(resume, case, str(tmp_path)), strict=True):
         assert after.losses == before.losses
