@@ -13,19 +13,17 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
+from pretrain.config_data import DataSection
 from pretrain.config_files import read_run_file
 from pretrain.config_problems import accepts_text_only, problems_of, without_faults
+from pretrain.config_section import Section
 from pretrain.errors import ConfigError, Problem
 from pretrain.yaml_text import read_yaml, write_yaml
 
@@ -34,23 +32,6 @@ EngineName = Literal["auto", "plain", "zero", "pipeline", "accelerate"]
 Recomputation = Literal["none", "full", "selective"]
 Offload = Literal["none", "cpu", "nvme"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-
-
-class Section(BaseModel):
-    """A group of keys: unknown keys are errors, values are not coerced, and nothing changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @classmethod
-    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
-        """Keys of this section, as written, that exclude or need one another."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _refuse_contradictions(self) -> Section:
-        if problems := list(self.contradictions(dict(self))):
-            raise ValueError("; ".join(problem.found for problem in problems))
-        return self
 
 
 class ModelSection(Section):
@@ -79,82 +60,6 @@ class ModelSection(Section):
     def fields(self) -> dict[str, Any]:
         """The given fields of the `transformers` configuration, without the key that names the source."""
         return dict(self.__pydantic_extra__ or {})
-
-
-class Source(Section):
-    """One corpus of a mixture."""
-
-    path: str
-    weight: float | None = Field(default=None, ge=0)  # share of the rows, relative to the others' weights; null: 1
-    name: str | None = None  # shown in reports; the folder's name where not given
-    max_epochs: float | None = Field(default=None, gt=0)  # then its share goes to the others; null: read for ever
-
-
-TrainingData = Annotated[
-    Annotated[str, Tag("folder")] | Annotated[list[Source], Field(min_length=1), Tag("mixture")],
-    Discriminator(lambda value: "mixture" if isinstance(value, list) else "folder"),
-]
-
-
-Weight = Annotated[float, Field(ge=0)]
-
-
-class MixturePhase(Section):
-    """Other weights from a point of training on."""
-
-    from_tokens: int = Field(gt=0)  # seen by the whole run; rounded up to a whole row
-    weights: dict[str, Weight]  # name of a source -> weight, of every source; 0: it gives nothing
-
-
-class MixtureSection(Section):
-    """How the weights of the training sources come about, and when they change; see data/mixture_plan.py."""
-
-    temperature: float | None = Field(default=None, gt=0)  # T: weights are tokens ^ (1 / T) in place of given ones
-    phases: list[MixturePhase] = Field(default_factory=list)
-
-
-class FillInTheMiddleSection(Section):
-    """Documents turned round, of training only; see data/fill_in_the_middle.py. Sentinels: special tokens' names."""
-
-    rate: float = Field(default=0.5, ge=0, le=1)  # share of the documents
-    suffix_first_rate: float = Field(default=0.5, ge=0, le=1)  # of those, the share in the order suffix, prefix, middle
-    prefix: str
-    middle: str
-    suffix: str
-
-
-class DataSection(Section):
-    """What to read."""
-
-    train: TrainingData  # a dataset folder or its URL (s3, gs, hf, http, https, file), or a list of sources
-    mixture: MixtureSection = MixtureSection()
-    fill_in_the_middle: FillInTheMiddleSection | None = None
-    validation: dict[str, str] = Field(default_factory=dict)  # name -> dataset folder or URL
-    cache: str | None = None  # folder on a local disk of each node that keeps what is fetched from URLs
-    cache_max_bytes: int | None = Field(default=None, gt=0)  # then datasets that nobody uses go; null: no limit
-    tokenizer: str | None = None  # folder; its hash must equal the datasets'; default: the one kept with the data
-    verify: Literal["sizes", "hashes"] = "sizes"  # what is checked of every shard before the first step
-    workers: int = Field(default=2, ge=0)  # threads that read ahead
-    prefetch_micro_batches: int = Field(default=16, ge=1)
-
-    @classmethod
-    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
-        """See Section."""
-        train = given.get("train")
-        sources = [dict(source).get("path") for source in train] if isinstance(train, list) else [train]
-        urls = [str(path) for path in (*sources, *(given.get("validation") or {}).values()) if "://" in str(path)]
-        if urls and given.get("cache") is None:
-            found = f"{len(urls)} datasets are behind URLs, and data.cache is not set"
-            yield Problem(found, "a folder on a local disk of each node that keeps them", "set data.cache=FOLDER")
-        if any("@" in url.partition("://")[2].partition("/")[0] for url in urls):
-            found = "a URL of the data section holds a user name or password"  # not shown: it would be logged
-            change = "take it out, and give credentials by the environment or fsspec's configuration"
-            yield Problem(found, "URLs without secrets: the configuration is saved with the run", change)
-
-    @property
-    def sources(self) -> list[Source]:
-        """The training corpora; a single folder is a mixture of one."""
-        return [Source(path=self.train)] if isinstance(self.train, str) else list(self.train)
 
 
 class RampStage(Section):
@@ -263,7 +168,17 @@ class ExecutionSection(Section):
     compile: bool = False  # torch.compile, layer by layer
     # activation checkpointing: full runs layers again in backward, selective all of a layer but its attention
     recomputation: Recomputation = "none"
-    recompute_every: int = Field(default=1, ge=1)  # full: each so many-th layer, 1 is all of them
+    recompute_every: int = Field(default=1, ge=1)  # recompute only in each so many-th layer, 1 is all of them
+
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """See Section."""
+        if given.get("recompute_every", 1) != 1 and given.get("recomputation", "none") == "none":
+            yield Problem(
+                f"execution.recompute_every is {given['recompute_every']}, but nothing is recomputed",
+                "execution.recomputation full or selective beside it",
+                "set execution.recomputation=full, or leave execution.recompute_every out",
+            )
 
 
 class CheckpointSection(Section):

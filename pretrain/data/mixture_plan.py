@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from pretrain.config import DataSection, MixturePhase, Source
+from pretrain.config_data import DataSection, MixturePhase, Source
 from pretrain.errors import Problem
 
 

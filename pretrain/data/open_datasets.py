@@ -19,7 +19,7 @@ from data_tools.token_shards import (
     open_dataset,
     verify_dataset,
 )
-from pretrain.config import DataSection
+from pretrain.config_data import DataSection
 from pretrain.data.fill_in_the_middle import FillInTheMiddle
 from pretrain.data.mixture import Phase
 from pretrain.data.mixture_plan import (

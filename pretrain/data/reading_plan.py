@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pretrain.config import DataSection
+from pretrain.config_data import DataSection
 from pretrain.data.ledger import Given, ledger, reading_warnings, require_enough
 from pretrain.data.open_datasets import open_datasets
 from pretrain.data.training_rows import TrainingRows

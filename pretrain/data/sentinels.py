@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data_tools.token_shards import TokenDataset
-from pretrain.config import FillInTheMiddleSection
+from pretrain.config_data import FillInTheMiddleSection
 from pretrain.data.fill_in_the_middle import FillInTheMiddle
 from pretrain.errors import DataError, Problem
 

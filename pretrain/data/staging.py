@@ -13,7 +13,7 @@ from threading import Event, Thread
 
 from data_tools.token_shards import DataToolsError, StagedDataset, is_url, stage_dataset
 from pretrain import distributed
-from pretrain.config import DataSection
+from pretrain.config_data import DataSection
 from pretrain.errors import DataError, Problem
 
 AGREE_EVERY_SECONDS = 2.0  # a failure is known everywhere after so long; well below the process group's time limit

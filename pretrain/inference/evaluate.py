@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from pretrain import distributed
-from pretrain.config import DataSection, ExecutionSection, LossSection
+from pretrain.config import ExecutionSection, LossSection
+from pretrain.config_data import DataSection
 from pretrain.data.loader import evaluation_batches
 from pretrain.data.open_datasets import OpenedSource, open_datasets
 from pretrain.errors import ConfigError, Problem

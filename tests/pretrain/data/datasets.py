@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.token_shards import Manifest, Packing, ShardWriter, TokenizerIdentity
-from pretrain.config import DataSection
+from pretrain.config_data import DataSection
 from pretrain.data.open_datasets import OpenedSource, open_datasets
 
 EOS = 0

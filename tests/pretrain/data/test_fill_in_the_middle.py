@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from data_tools.token_shards import Row
 from pretrain.batch_plan import build_batch_plan
-from pretrain.config import BatchSection, DataSection, ScheduleSection
+from pretrain.config import BatchSection, ScheduleSection
+from pretrain.config_data import DataSection
 from pretrain.data.fill_in_the_middle import SENTINELS, SHORTEST, FillInTheMiddle
 from pretrain.data.loader import TrainingLoader
 from pretrain.data.micro_batch import build_micro_batch

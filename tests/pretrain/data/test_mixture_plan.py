@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.config import DataSection, load_config
+from pretrain.config import load_config
+from pretrain.config_data import DataSection
 from pretrain.data.ledger import (
     ledger,
     ledger_values,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_tools.token_shards import TokenizerIdentity
-from pretrain.config import DataSection
+from pretrain.config_data import DataSection
 from pretrain.data.open_datasets import OpenedData, open_datasets
 from pretrain.errors import DataError
 from tests.pretrain.data.datasets import draft, write_documents, write_packed

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from data_tools.token_shards import TokenizerIdentity
-from pretrain.config import DataSection
+from pretrain.config_data import DataSection
 from pretrain.data.open_datasets import open_datasets
 from pretrain.data.staging import stage_remote
 from pretrain.errors import DataError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.token_shards import TokenizerIdentity
-from pretrain.config import DataSection
+from pretrain.config_data import DataSection
 from pretrain.data.open_datasets import open_datasets
 from pretrain.data.tokenizer_folder import keep_tokenizer
 from pretrain.errors import DataError
