@@ -76,7 +76,8 @@ def make_tokenizer(
         InputError: the inputs cannot be read, or hold no text.
     """
     request.design.check()
-    pieces = find_inputs(inputs)
+    found = [(str(word), piece) for word in inputs for piece in find_inputs([word])]
+    pieces = find_inputs([piece for _, piece in found])  # all together: none may be there twice
     known = None if reference is None else load_tokenizer(reference)
     facts = {
         "inputs": input_facts(pieces),
@@ -99,7 +100,7 @@ def make_tokenizer(
         )
         save_tokenizer(train_on((sampled.text for sampled in sample.texts), request.design), request.design, staging)
         made = load_tokenizer(staging)
-        sources = [str(word) for word in inputs for _ in find_inputs([word])]
+        sources = [word for word, _ in found]
         record = {
             "request": facts,
             "sha256": made.identity.sha256,
