@@ -21,7 +21,6 @@ from data_tools.choices import (
     Backend,
     BadLinePolicy,
     Digits,
-    Executor,
     PackMethod,
     Split,
     TokenFormat,
@@ -29,6 +28,7 @@ from data_tools.choices import (
     Whitespace,
 )
 from data_tools.errors import DataToolsError, ShardError, UsageError
+from data_tools.job_commands import register
 
 if TYPE_CHECKING:
     from data_tools.manifest import Manifest
@@ -165,51 +165,6 @@ def prepare(
     _say_what_was_made(prepared.manifests)
     if not prepared.reused:
         show_report(output, time.monotonic() - began)
-
-
-@app.command()
-def curate(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file: inputs, steps, output.")],
-    inputs: Annotated[list[str] | None, typer.Option("--input", help="Instead of the recipe's inputs.paths.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to make, instead of the recipe's output.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; default: one a core.")] = None,
-    executor: Annotated[Executor, typer.Option(help="Where the work is done.")] = Executor.LOCAL,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the stages, or Slurm's batch scripts.")] = False,
-) -> None:
-    """Clean documents as a recipe says, and report what every step did; run again, it goes on where it stopped."""
-    from data_tools.curation.packages import need_packages
-
-    need_packages()
-    from data_tools import curate as curation
-    from data_tools.curation.recipe_text import read_recipe
-    from data_tools.curation.screen import StageProgress, show_steps
-
-    chosen = read_recipe(recipe)
-    chosen = chosen.model_copy(update={"workers": workers or chosen.workers})
-    asked = (chosen, inputs or (), output)
-    if dry_run:
-        shown = curation.batch_scripts(*asked) if executor is Executor.SLURM else curation.outline(*asked)
-        for name, text in shown:
-            typer.echo(f"==> {name}\n{text}")
-        return
-    if executor is Executor.SLURM:
-        done = curation.submit(*asked)
-    elif executor is Executor.RAY:
-        done = curation.curate_on_ray(*asked)
-    else:
-        with StageProgress() as progress:
-            count = chosen.workers or len(os.sched_getaffinity(0))
-            done = curation.curate(*asked, workers=count, on_progress=progress)
-    if isinstance(done, curation.Submitted):
-        typer.echo(
-            f"{'submitted' if done.are_new else 'under way'}: jobs {', '.join(done.jobs)}; the last one publishes"
-        )
-        return
-    _say_if_reused(done.output, done.reused)
-    show_steps(done.numbers)
-    typer.echo(
-        f"{done.output}: {len(done.numbers['files']):,} files for data-tools prepare, report.html, curation.json"
-    )
 
 
 @app.command()
@@ -431,6 +386,8 @@ def _storage_message(error: OSError) -> str:
         "    change:  free space, mend the permissions, or choose another --output; earlier outputs are whole"
     )
 
+
+register(app, _use_threads)
 
 if __name__ == "__main__":
     sys.exit(main())

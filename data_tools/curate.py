@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_128_hexdigest
 
@@ -24,6 +24,9 @@ from data_tools.errors import UsageError
 from data_tools.input_files import find_inputs
 from data_tools.pieces import Piece
 from data_tools.ranges import Task, plan_tasks
+
+if TYPE_CHECKING:
+    from data_tools.curation.cluster import ClusterJob
 
 TASK_BYTES = 1 << 26
 VERSION = 1  # of what the steps do: a change here makes earlier work and results another job's
@@ -153,14 +156,15 @@ def curate_on_ray(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Pat
         UsageError: as `curate`, or Ray is not installed.
         WorkerError: tasks failed.
     """
-    from data_tools.curation.cluster import run_on_ray
+    from data_tools.curation.cluster import ClusterJob, run_on_ray
 
     curation = plan_curation(recipe, inputs, output)
     numbers = finished_result(curation.output, curation.job)
     if numbers is not None:
         return Curated(output=curation.output, numbers=numbers, reused=True)
     with own_work_folder(curation.output, curation.job) as work:
-        run_on_ray(curation.stages(work), recipe, work)
+        stages = curation.stages(work)
+        run_on_ray(ClusterJob(name=recipe.name, stages=stages, work=work, most_at_once=recipe.workers))
         numbers = finish(curation.ending(work))
         shutil.rmtree(work)
     return Curated(output=curation.output, numbers=numbers)
@@ -175,7 +179,7 @@ def submit(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Path | Non
         UsageError: as `curate`, or there is no Slurm, or the recipe does not say how to use it.
         WorkerError: Slurm refuses a job.
     """
-    from data_tools.curation.cluster import jobs_under_way, submit_to_slurm, with_finish
+    from data_tools.curation.cluster import jobs_under_way, submit_to_slurm
 
     curation = plan_curation(recipe, inputs, output)
     numbers = finished_result(curation.output, curation.job)
@@ -185,8 +189,7 @@ def submit(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Path | Non
     with own_work_folder(curation.output, curation.job) as work:
         if jobs := jobs_under_way(work):
             return Submitted(jobs=jobs, are_new=False)
-        stages = with_finish(curation.stages(work), curation.ending(work))
-        return Submitted(jobs=submit_to_slurm(stages, recipe, work), are_new=True)
+        return Submitted(jobs=submit_to_slurm(_cluster_job(curation, work)), are_new=True)
 
 
 def outline(recipe: Recipe, inputs: Sequence[str | Path] = (), output: Path | None = None) -> Iterator[tuple[str, str]]:
@@ -209,8 +212,14 @@ def batch_scripts(
     Raises:
         UsageError: as `submit`.
     """
-    from data_tools.curation.cluster import render_slurm, with_finish
+    from data_tools.curation.cluster import render_slurm
 
     curation = plan_curation(recipe, inputs, output)
-    work = work_folder(curation.output)
-    yield from render_slurm(with_finish(curation.stages(work), curation.ending(work)), recipe, work)
+    yield from render_slurm(_cluster_job(curation, work_folder(curation.output)))
+
+
+def _cluster_job(curation: Curation, work: Path) -> ClusterJob:
+    from data_tools.curation.cluster import ClusterJob, with_finish
+
+    recipe, stages = curation.recipe, with_finish(curation.stages(work), curation.ending(work))
+    return ClusterJob(name=recipe.name, stages=stages, work=work, slurm=recipe.slurm, most_at_once=recipe.workers)

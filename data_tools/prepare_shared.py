@@ -5,11 +5,12 @@ The dataset is byte for byte that of one machine: what a task's files hold does 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from data_tools.choices import Backend
 from data_tools.input_files import find_inputs
@@ -21,6 +22,10 @@ from data_tools.shard_writer import token_dtype
 from data_tools.task_shares import Share, own_share
 from data_tools.tokenizer import load_tokenizer
 from data_tools.worker_pool import EncodingPool
+
+if TYPE_CHECKING:
+    from data_tools.curation.cluster import ClusterJob
+    from data_tools.curation.recipe import Slurm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +90,22 @@ class Preparation:
         )
 
 
-def share_stages(preparation: Preparation, shares: int) -> Iterator[Any]:
-    """Yield the stages of a cluster job: the shares, then the whole.
+def cluster_job(preparation: Preparation, shares: int, slurm: Slurm | None = None) -> ClusterJob:
+    """Return the job by which datatrove's executors run the shares, then put the dataset together.
 
-    Needs the extra `curate`: its executors are datatrove's.
+    Needs the extra `curate`. The rank of a task is the number of its share.
     """
+    from data_tools.curation.cluster import ClusterJob
+    from data_tools.curation.preparation_blocks import EncodeShare, FinishDataset
     from data_tools.curation.stages import Stage
-    from data_tools.preparation_blocks import EncodeShare, FinishDataset
 
-    yield Stage(name="encode", tasks=shares, pipeline=[EncodeShare(preparation)])
-    yield Stage(name="finish", tasks=1, pipeline=[FinishDataset(preparation)])
+    output = preparation.output.absolute()
+    at_work = replace(preparation, output=output)
+    stages = [
+        Stage(name="encode", tasks=shares, pipeline=[EncodeShare(at_work)]),
+        Stage(name="finish", tasks=1, pipeline=[FinishDataset(at_work)]),
+    ]
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", output.name)
+    return ClusterJob(
+        name=f"prepare-{name}", stages=stages, work=output.parent / f".{output.name}.cluster", slurm=slurm
+    )

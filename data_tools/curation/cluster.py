@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
@@ -20,7 +21,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_tools.curation.accounting import write_whole
 from data_tools.curation.finish import Ending, finish
-from data_tools.curation.recipe import Recipe, Slurm
+from data_tools.curation.recipe import Slurm
 from data_tools.curation.stages import Stage
 from data_tools.errors import UsageError, WorkerError
 
@@ -51,20 +52,45 @@ def with_finish(stages: Sequence[Stage], ending: Ending) -> list[Stage]:
     return [*stages, Stage(name=FINISH, tasks=1, pipeline=[FinishStep(ending)])]
 
 
-def submit_to_slurm(stages: Sequence[Stage], recipe: Recipe, work: Path) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class ClusterJob:
+    """Stages and where their logs and completions are kept."""
+
+    name: str
+    stages: Sequence[Stage]
+    work: Path
+    slurm: Slurm | None = None
+    most_at_once: int | None = None  # tasks
+
+    @property
+    def settings(self) -> Slurm:
+        """What Slurm wants to know.
+
+        Raises:
+            UsageError: nobody has said.
+        """
+        if self.slurm is None:
+            raise UsageError(
+                f"the job {self.name} has no section slurm",
+                f"slurm: {{partition: NAME}}, and {', '.join(list(Slurm.model_fields)[1:])}",
+                "add the section to the YAML file, or use --executor local",
+            )
+        return self.slurm
+
+
+def submit_to_slurm(job: ClusterJob) -> list[str]:
     """Submit what is not finished yet, each stage after the one before, and return the numbers of the jobs.
 
     Raises:
-        UsageError: there is no Slurm, or the recipe does not say how to use it.
+        UsageError: there is no Slurm, or nobody said how to use it.
         WorkerError: Slurm refuses a job.
     """
-    settings = slurm_settings(recipe)
-    if shutil.which("sbatch") is None:
+    if job.settings and shutil.which("sbatch") is None:
         raise UsageError("sbatch is not on the PATH", "a machine that submits jobs to Slurm", "use --executor local")
     before: SlurmPipelineExecutor | None = None
-    jobs: list[str] = []
-    for stage in stages:
-        executor = _slurm_executor(stage, recipe, settings, work, work / "logs" / stage.name / "slurm")
+    submitted: list[str] = []
+    for stage in job.stages:
+        executor = _slurm_executor(stage, job, job.work / "logs" / stage.name / "slurm")
         executor.depends = before
         try:
             executor.run()
@@ -72,13 +98,13 @@ def submit_to_slurm(stages: Sequence[Stage], recipe: Recipe, work: Path) -> list
             raise WorkerError(
                 f"sbatch refused stage {stage.name} (exit code {error.returncode})",
                 "settings that this cluster accepts",
-                f"see what sbatch said above, and the section slurm of the recipe; submitted so far: {jobs}",
+                f"see what sbatch said above, and the section slurm; submitted so far: {submitted}",
             ) from error
         if executor.job_id != -1:
-            jobs.append(str(executor.job_id))
-            write_whole(work / SUBMITTED, json.dumps(jobs).encode())
+            submitted.append(str(executor.job_id))
+            write_whole(job.work / SUBMITTED, json.dumps(submitted).encode())
         before = executor
-    return jobs
+    return submitted
 
 
 def jobs_under_way(work: Path) -> list[str]:
@@ -92,17 +118,16 @@ def jobs_under_way(work: Path) -> list[str]:
     return sorted(set(listed.stdout.split()))
 
 
-def render_slurm(stages: Sequence[Stage], recipe: Recipe, work: Path) -> Iterator[tuple[str, str]]:
+def render_slurm(job: ClusterJob) -> Iterator[tuple[str, str]]:
     """Yield the name and the batch script of every stage, as they would be submitted; nothing is written.
 
     Raises:
-        UsageError: the recipe does not say how to use Slurm.
+        UsageError: nobody said how to use Slurm.
     """
-    settings = slurm_settings(recipe)
-    for stage in stages:
-        logs = work / "logs" / stage.name
+    for stage in job.stages:
+        logs = job.work / "logs" / stage.name
         with tempfile.TemporaryDirectory() as scratch:
-            executor = _slurm_executor(stage, recipe, settings, work, Path(scratch))
+            executor = _slurm_executor(stage, job, Path(scratch))
             jobs = min(math.ceil(stage.tasks / executor.tasks_per_job), executor.max_array_size)
             script = executor.get_launch_file_contents(
                 executor.get_sbatch_args(jobs), f"srun  -l -n 1 launch_pickled_pipeline {logs / 'executor.pik'}"
@@ -110,24 +135,8 @@ def render_slurm(stages: Sequence[Stage], recipe: Recipe, work: Path) -> Iterato
         yield stage.name, script.replace(scratch, str(logs / "slurm"))
 
 
-def slurm_settings(recipe: Recipe) -> Slurm:
-    """Return the section slurm of a recipe.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if recipe.slurm is None:
-        raise UsageError(
-            f"the recipe {recipe.name} has no section slurm",
-            f"slurm: {{partition: NAME}}, and {', '.join(list(Slurm.model_fields)[1:])}",
-            "add the section, or use --executor local",
-        )
-    return recipe.slurm
-
-
-def _slurm_executor(
-    stage: Stage, recipe: Recipe, settings: Slurm, work: Path, slurm_logs: Path
-) -> SlurmPipelineExecutor:
+def _slurm_executor(stage: Stage, job: ClusterJob, slurm_logs: Path) -> SlurmPipelineExecutor:
+    settings = job.settings
     return SlurmPipelineExecutor(
         stage.pipeline,
         tasks=stage.tasks,
@@ -135,19 +144,19 @@ def _slurm_executor(
         partition=settings.partition,
         cpus_per_task=settings.cpus_per_task,
         mem_per_cpu_gb=settings.memory_gigabytes,
-        workers=recipe.workers or -1,
-        job_name=f"{recipe.name}-{stage.name}",
+        workers=job.most_at_once or -1,
+        job_name=f"{job.name}-{stage.name}",
         qos=settings.qos,
         env_command=settings.setup or f'export PATH="{Path(sys.executable).parent}:$PATH"',
         sbatch_args=dict(settings.sbatch),
         max_array_size=settings.most_jobs,
-        logging_dir=str((work / "logs" / stage.name).absolute()),
+        logging_dir=str((job.work / "logs" / stage.name).absolute()),
         slurm_logs_folder=str(slurm_logs.absolute()),
         tasks_per_job=settings.tasks_per_job,
     )
 
 
-def run_on_ray(stages: Sequence[Stage], recipe: Recipe, work: Path) -> None:
+def run_on_ray(job: ClusterJob) -> None:
     """Run what is not finished yet on the Ray cluster of this environment, or one of this machine, and wait for it.
 
     Raises:
@@ -162,12 +171,12 @@ def run_on_ray(stages: Sequence[Stage], recipe: Recipe, work: Path) -> None:
 
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
-    for stage in stages:
-        logs = work / "logs" / stage.name
+    for stage in job.stages:
+        logs = job.work / "logs" / stage.name
         executor = RayPipelineExecutor(
             stage.pipeline,
             tasks=stage.tasks,
-            workers=recipe.workers or -1,
+            workers=job.most_at_once or -1,
             logging_dir=str(logs.absolute()),
             mem_per_cpu_gb=1,
         )

@@ -55,6 +55,12 @@ class Slurm(Section):
     sbatch: dict[str, str] = {}  # further options of sbatch, as account: physics
 
 
+class Cluster(Section):
+    """A file that says how to use a cluster, for commands that have no recipe."""
+
+    slurm: Slurm
+
+
 class Unicode(Section):
     """Repair of text that was decoded wrongly (ftfy), then one normal form."""
 

@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from data_tools.curation.recipe import Recipe, Step
+from data_tools.curation.recipe import Cluster, Recipe, Slurm, Step
 from data_tools.errors import UsageError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _TRUTH = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _REAL = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$")
@@ -74,6 +76,19 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: it is missing, is no YAML, or holds keys or values that cannot be.
     """
+    return _read(path, Recipe)
+
+
+def read_slurm(path: Path) -> Slurm:
+    """Read a file that says how to use Slurm, under the key slurm.
+
+    Raises:
+        RecipeError: as `read_recipe`.
+    """
+    return _read(path, Cluster).slurm
+
+
+def _read(path: Path, model: type[Model]) -> Model:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
@@ -81,11 +96,11 @@ def read_recipe(path: Path) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(Problem(f"{path} is not YAML: {error}", "YAML", "mend the file at this place")) from error
     if not isinstance(content, dict):
-        raise RecipeError(Problem(f"{path} holds no mapping of keys", ", ".join(Recipe.model_fields), "write a recipe"))
+        raise RecipeError(Problem(f"{path} holds no mapping of keys", ", ".join(model.model_fields), "write some"))
     try:
-        return Recipe.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(*_problems_of(error, content)) from error
+        raise RecipeError(*_problems_of(error, content, model)) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,12 +131,12 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _REAL, list("-+.0123456
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
-def _problems_of(error: ValidationError, content: Mapping[str, Any]) -> Iterator[Problem]:
+def _problems_of(error: ValidationError, content: Mapping[str, Any], root: type[BaseModel]) -> Iterator[Problem]:
     for fault in error.errors():
         location = [part for part in fault["loc"] if not (part in _STEP_MODELS and "steps" in fault["loc"])]
         place = _dotted(location)
         if fault["type"] == "extra_forbidden":
-            yield _unknown_key(location, content)
+            yield _unknown_key(location, content, root)
         elif fault["type"] == "missing":
             yield Problem(f"{place} is not given", "it has no default", f"add {place}")
         elif fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -137,18 +152,18 @@ def _dotted(location: Sequence[int | str]) -> str:
     return text
 
 
-def _unknown_key(location: Sequence[int | str], content: Mapping[str, Any]) -> Problem:
-    known = list(_model_at(location, content).model_fields)
+def _unknown_key(location: Sequence[int | str], content: Mapping[str, Any], root: type[BaseModel]) -> Problem:
+    known = list(_model_at(location, content, root).model_fields)
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     change = f"did you mean {_dotted([*location[:-1], near[0]])}?" if near else f"remove {_dotted(location)}"
     return Problem(f"unknown key {_dotted(location)}", ", ".join(known), change)
 
 
-def _model_at(location: Sequence[int | str], content: Mapping[str, Any]) -> type[BaseModel]:
+def _model_at(location: Sequence[int | str], content: Mapping[str, Any], root: type[BaseModel]) -> type[BaseModel]:
     """The model of the section that a key was written in."""
     if len(location) > 2 and location[0] == "steps":
         return _STEP_MODELS[content["steps"][location[1]]["step"]]
-    model: type[BaseModel] = Recipe
+    model = root
     for part in location[:-1]:
         annotation = model.model_fields[str(part)].annotation
         model = next(kind for kind in (*get_args(annotation), annotation) if isinstance(kind, type))

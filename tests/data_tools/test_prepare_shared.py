@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +131,57 @@ def test_shares_of_another_request_are_not_adopted(preparation: Preparation, tmp
 
 def test_shares_lie_beside_the_output(preparation: Preparation, tmp_path: Path) -> None:
     assert shares_folder(preparation.output, "job") == tmp_path / ".data.shares" / "job"
+
+
+@pytest.mark.end_to_end
+def test_the_command_line(
+    run: Callable[..., tuple[int, str, str]], preparation: Preparation, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    source = preparation.inputs[0]
+    words = ["--tokenizer", tokenizer_folder, "--split", "0.6,0.3,0.1", "--workers", 1]
+    assert run("prepare", source, *words, "--output", tmp_path / "alone")[0] == 0
+    shared = ["prepare-shared", source, *words, "--output", tmp_path / "data", "--shares", 2]
+    code, out, _ = run(*shared, "--share", 1)
+    assert (code, out) == (0, "share 1 of 2: 0 tasks are encoded\n")  # one range holds the whole file
+    assert run(*shared, "--share", 2)[0] == 64
+    code, out, err = run(*shared)
+    assert (code, err) == (0, "")
+    assert "share 0 of 2: 1 tasks are encoded" in out
+    assert content(tmp_path / "data") == content(tmp_path / "alone")
+    assert "nothing to do" in run(*shared)[1]
+
+
+def test_a_dry_run_shows_slurms_scripts(
+    run: Callable[..., tuple[int, str, str]], preparation: Preparation, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    pytest.importorskip("datatrove", reason="the extra curate is not installed")
+    before = sorted(tmp_path.iterdir())
+    words = ["--tokenizer", tokenizer_folder, "--output", tmp_path / "data", "--shares", 16, "--executor", "slurm"]
+    code, _, err = run("prepare-shared", preparation.inputs[0], *words, "--dry-run")
+    assert code == 64
+    assert "no --cluster" in err
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("slurm: {partition: cpu, qoss: x}\n")
+    code, _, err = run("prepare-shared", preparation.inputs[0], *words, "--dry-run", "--cluster", cluster)
+    assert code == 64
+    assert "did you mean slurm.qos?" in err
+    cluster.write_text("slurm: {partition: cpu, cpus_per_task: 4}\n")
+    code, out, _ = run("prepare-shared", preparation.inputs[0], *words, "--dry-run", "--cluster", cluster)
+    assert code == 0
+    assert "#SBATCH --array=0-15\n" in out
+    assert "#SBATCH --job-name=prepare-data-finish\n" in out
+    assert "#SBATCH --cpus-per-task=4\n" in out
+    assert sorted(tmp_path.iterdir()) == sorted([*before, cluster])
+
+
+@pytest.mark.end_to_end
+def test_datatroves_blocks_make_the_dataset(preparation: Preparation, tmp_path: Path) -> None:
+    pytest.importorskip("datatrove", reason="the extra curate is not installed")
+    from data_tools.curation.local import run_stages
+    from data_tools.prepare_shared import cluster_job
+
+    alone = replace(preparation, output=tmp_path / "alone")
+    alone.finish()
+    job = cluster_job(preparation, 3)
+    run_stages(job.stages, job.work / "logs", 2, lambda *_: None)
+    assert content(preparation.output) == content(alone.output)

@@ -5,14 +5,21 @@ Encode nothing themselves.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from datatrove.pipeline.base import PipelineStep
 
 from data_tools.task_shares import Share
 
-if TYPE_CHECKING:
-    from data_tools.prepare_shared import Preparation
+
+class Preparation(Protocol):
+    """A dataset to be made by several machines."""
+
+    def encode(self, share: Share) -> int:
+        """Encode the tasks of a share."""
+
+    def finish(self) -> object:
+        """Put the dataset together."""
 
 
 class EncodeShare(PipelineStep):
