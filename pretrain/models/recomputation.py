@@ -37,7 +37,7 @@ def enable_recomputation(network: PreTrainedModel, layers: Sequence[nn.Module], 
     Args:
         network: the layers' model, or the part of it that a stage holds.
         layers: its decoder layers, in order.
-        execution: `full` takes every `recompute_every`-th layer; `selective` all, and keeps attention's results.
+        execution: `full` or `selective`, which keeps attention's results, in every `recompute_every`-th layer.
 
     Raises:
         ConfigError: the family cannot recompute, or its attention has no kernel of its own to keep.

@@ -141,6 +141,7 @@ def test_a_misspelt_key_is_not_also_reported_as_missing(tmp_path: Path) -> None:
             {"schedule.warmup_steps": 5, "schedule.warmup_tokens": 5},
             "schedule.warmup_steps and schedule.warmup_tokens are both given",
         ),
+        ({"execution": {"recompute_every": 2}}, "execution.recompute_every is 2, but nothing is recomputed"),
     ],
 )
 def test_keys_that_exclude_one_another(tmp_path: Path, changes: dict[str, Any], found: str) -> None:

@@ -78,19 +78,28 @@ def _accelerate_cells() -> list[Cell]:
 
 
 def _recomputation_cells() -> list[Cell]:
+    both = Case(engine="plain", recomputation="selective", recompute_every=2, layers=3, micro_batch_size=2)
     return [
-        Cell(
-            ranks,
-            Case(
-                **engine, recomputation=kind, recompute_every=every, layers=3, precision=precision, micro_batch_size=2
-            ),
-        )
-        for kind, every, precision in (("selective", 1, "bf16"), ("full", 2, "fp32"))
-        for ranks, engine in (
-            (1, {"engine": "plain"}),
-            *((2, {"engine": "zero", "zero_stage": stage}) for stage in (0, 1, 2, 3)),
-            *((2, {"engine": "accelerate", "data_parallel": way}) for way in ("replicate", "shard")),
-        )
+        Cell(1, both),
+        *(
+            Cell(
+                ranks,
+                Case(
+                    **engine,
+                    recomputation=kind,
+                    recompute_every=every,
+                    layers=3,
+                    precision=precision,
+                    micro_batch_size=2,
+                ),
+            )
+            for kind, every, precision in (("selective", 1, "bf16"), ("full", 2, "fp32"))
+            for ranks, engine in (
+                (1, {"engine": "plain"}),
+                *((2, {"engine": "zero", "zero_stage": stage}) for stage in (0, 1, 2, 3)),
+                *((2, {"engine": "accelerate", "data_parallel": way}) for way in ("replicate", "shard")),
+            )
+        ),
     ]
 
 
