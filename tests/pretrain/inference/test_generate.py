@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from pretrain.export import export_source
 from pretrain.inference.generate import Sampling, continue_prompts, generate_from
 from pretrain.inference.load import LoadedModel, load_source
 from tests.pretrain.checkpoint.states import flip_byte
-from tests.pretrain.inference.tiny_runs import EOS, FIELDS, SENTENCES, build_network, write_run
+from tests.pretrain.inference.tiny_runs import EOS, FIELDS, SENTENCES, build_network, write_run, write_tokenizer
 
 GREEDY = Sampling(temperature=0)
 
@@ -153,3 +154,17 @@ def test_an_exported_folder_with_a_missing_weight_is_refused(tmp_path: Path) -> 
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing_keys.*layers\.1\.mlp\.up_proj"):
         load_source(tmp_path / "out")
+
+
+def test_a_tokenizer_made_of_a_model_file_is_known_by_that_file(tmp_path: Path) -> None:
+    """As of sentencepiece: the hash in the manifest is the .model's, the tokenizer.json lies beside it."""
+    (tmp_path / "tokenizer").mkdir()
+    model = tmp_path / "tokenizer" / "mine.model"
+    model.write_bytes(b"pieces")
+    write_tokenizer(tmp_path / "tokenizer")
+    known = {"folder": "../../tokenizer", "file": model.name, "sha256": hashlib.sha256(b"pieces").hexdigest()}
+    write_run(tmp_path, build_network("llama"), tokenizer=known)
+    assert load_source(tmp_path).tokenizer.eos_token == EOS
+    model.write_bytes(b"others")
+    with pytest.raises(CheckpointError, match=r"mine.model has sha256 .* the model knows"):
+        load_source(tmp_path)

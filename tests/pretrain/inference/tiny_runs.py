@@ -48,7 +48,7 @@ def write_tokenizer(folder: Path, *, with_config: bool = True) -> str:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(SENTENCES * 20, trainer)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     if with_config:
         (folder / "tokenizer_config.json").write_text(
