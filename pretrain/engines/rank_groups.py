@@ -62,7 +62,7 @@ class RankGroups:
 
 def _own_group(topology: Topology, axis: Axis) -> dist.ProcessGroup:
     """The group of this rank; every rank makes all of them, in one order."""
-    own = None
+    own: dist.ProcessGroup | None = None
     for ranks in topology.groups(axis):
         group = dist.new_group(list(ranks))
         if distributed.rank() in ranks:

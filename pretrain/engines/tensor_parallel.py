@@ -243,11 +243,11 @@ class _Cutter:
 
     def __init__(self, ranks: TensorRanks) -> None:
         self._ranks = ranks
-        self._cut: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight is cut once
+        self._cut: dict[torch.Tensor, nn.Parameter] = {}  # a tied weight is cut once
 
     def linear(self, linear: nn.Linear, style: Style) -> nn.Linear:
         is_row = style in ("row", "row of split input")
-        layer: ColumnLinear | RowLinear = _bare(RowLinear if is_row else ColumnLinear)
+        layer: ColumnLinear | RowLinear = _bare(RowLinear) if is_row else _bare(ColumnLinear)
         layer.weight = self._slice(linear.weight, 1 if is_row else 0)
         layer.bias = linear.bias if linear.bias is None or is_row else self._slice(linear.bias, 0)
         layer.out_features, layer.in_features = layer.weight.shape
@@ -266,10 +266,9 @@ class _Cutter:
         return layer
 
     def head(self, head: OutputHead) -> VocabularyHead:
-        assert head.bias is None, "no family of TENSOR_TYPES has a bias there"
+        assert getattr(head, "bias", None) is None, "no family of TENSOR_TYPES has a bias there"
         tokens = head.weight.shape[0]
         layer = VocabularyHead.from_linear(head, chunk_tokens=head.chunk_tokens, z_loss_weight=head.z_loss_weight)
-        assert isinstance(layer, VocabularyHead)
         layer.weight = self._slice(head.weight, 0)
         layer.out_features = layer.weight.shape[0]
         layer.ranks = self._ranks
@@ -281,7 +280,7 @@ class _Cutter:
         )
         return layer
 
-    def _slice(self, parameter: nn.Parameter, dimension: int) -> nn.Parameter:
+    def _slice(self, parameter: torch.Tensor, dimension: int) -> nn.Parameter:
         """A meta parameter of this rank's slice, marked for us and for DeepSpeed's gradient norm."""
         if parameter not in self._cut:
             assert parameter.is_meta

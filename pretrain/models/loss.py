@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class OutputHead(nn.Linear):
     share: VocabularyShare | None = None  # none: all rows are here
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, chunk_tokens: int, z_loss_weight: float) -> OutputHead:
+    def from_linear(cls, linear: nn.Linear, *, chunk_tokens: int, z_loss_weight: float) -> Self:
         """Take over a linear's own Parameter objects.
 
         Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def materialize(model: nn.Module, device: torch.device | str) -> Iterator[nn.Par
 @torch.no_grad()
 def compute_buffers(model: nn.Module) -> None:
     """Fill what has buffers and nothing to draw, such as rotary frequencies: a weights folder does not hold them."""
-    network = model.network
+    network: Any = model.network  # of a TrainingModel
     for module in network.modules():
         if list(module.buffers(recurse=False)) and not list(module.parameters(recurse=False)):
             network._init_weights(module)
