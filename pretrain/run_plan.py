@@ -91,9 +91,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     model = _attempt(problems, lambda: _shape_and_count(config, warnings))
     file = _attempt(problems, lambda: _deepspeed_values(config, problems))
     fewest = batch.accumulation_at(0) if batch and topology else None
-    problems += sequence_problems(config, model[0] if model else None)
-    problems += pipeline_problems(config, engine, model[0] if model else None, fewest)
-    problems += tensor_problems(parallel.tensor, model[0]) if model else ()
+    problems += _model_problems(config, engine, model[0] if model else None, fewest)
     if problems or topology is None or batch is None or model is None or file is None:
         raise ConfigError(*problems)
     architecture, parameters = model
@@ -132,6 +130,16 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         stages=partition_run(config, architecture),
         warnings=tuple(warnings),
     )
+
+
+def _model_problems(
+    config: RunConfig, engine: str, shape: Architecture | None, fewest: int | None
+) -> Iterator[Problem]:
+    """Why this model cannot be shared as the run wants; `fewest` micro-batches of a step, if that is known."""
+    yield from sequence_problems(config, shape)
+    yield from pipeline_problems(config, engine, shape, fewest)
+    if shape is not None:
+        yield from tensor_problems(config.parallel.tensor, shape)
 
 
 def read_buffers(file_values: Mapping[str, Any], zero_stage: int) -> Buffers:
@@ -187,5 +195,7 @@ def _missing_folders(config: RunConfig) -> Iterator[str]:
     places = {f"data.train[{index}]": source.path for index, source in enumerate(config.data.sources)}
     places |= {f"data.validation.{name}": path for name, path in config.data.validation.items()}
     for place, path in places.items():
-        if not Path(path).is_dir():
+        if "://" in path:
+            yield f"{place}: {path} is fetched when the run starts, and not looked at before"
+        elif not Path(path).is_dir():
             yield f"{place}: {path} is not a folder here"
