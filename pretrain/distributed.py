@@ -97,6 +97,7 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
         _become_a_group_of_one()
     if dist.is_initialized():
         return
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed's pipelines read it, srun does not set it
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     # srun sets none of these, and accelerate would take each rank for a process alone

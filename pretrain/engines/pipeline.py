@@ -22,7 +22,7 @@ from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
-from pretrain.engines.pipeline_module import MicroBatchFeed, OwnStages, build_pipeline_module
+from pretrain.engines.pipeline_module import MicroBatchFeed, OwnStages, build_pipeline_module, process_groups
 from pretrain.engines.rank_groups import RankGroups
 from pretrain.engines.zero_state import LocalRun, PartitionedState, ReplicatedState
 from pretrain.models.architecture import resolve_architecture
@@ -224,6 +224,8 @@ class PipelineEngine:
         self._engine.destroy()
         # DeepSpeed keeps the grid of the last pipeline, and would lay the next engine of this process over it
         groups.mpu, p2p._grid = None, None
+        for group in process_groups(self._module):
+            dist.destroy_process_group(group)
         if self._groups:
             self._groups.close()
         gc.unfreeze()

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pretrain.engines.tensor_parallel import TensorRanks, join_gradients, slicing_gather, split_model
@@ -213,6 +215,20 @@ def build_pipeline_module(
         topology=PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data),
     )
     return module
+
+
+def process_groups(module: nn.Module) -> list[dist.ProcessGroup]:
+    """The groups of this rank that DeepSpeed made for the module and never gives back."""
+    grid: Any = module._grid
+    groups = [
+        module.world_group,
+        grid.ds_model_proc_group,
+        grid.dp_proc_group,
+        grid.pp_proc_group,
+        grid.slice_proc_group,
+    ]
+    groups += [tie["group"] for tie in module.tied_comms.values()]  # type: ignore[operator]
+    return list(dict.fromkeys(groups))
 
 
 def _head_of(table: TokenTable, hidden: torch.Tensor) -> torch.Tensor:
