@@ -270,6 +270,11 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("sharded data parallelism", "engine plain"): _SHARDED_BY_FSDP,
     ("sharded data parallelism", "engine zero"): _SHARDED_BY_FSDP,
     ("sharded data parallelism", "engine pipeline"): _SHARDED_BY_FSDP,
+    ("NVMe offload", "NVMe offload"): Refusal(
+        reason="DeepSpeed keeps shares of over 1 MiB in files of its own, which checkpoints here neither read nor write",
+        allowed="none, cpu",
+        change="set parallel.offload_optimizer=cpu and parallel.offload_parameters=cpu, or start more ranks",
+    ),
     ("optimizer offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
     ("parameter offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
     ("optimizer offload", "ZeRO stage 0"): Refusal(
