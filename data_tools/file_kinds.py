@@ -98,6 +98,8 @@ def check_content(path: Path, kind: FileKind) -> None:
     if kind.is_table or not head:
         return  # tables are looked at when they are cut; an empty file of another kind holds no documents
     found = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    if path.suffix == ".json" and head.lstrip().startswith(b"["):
+        found = "a JSON array, not lines of JSON"
     expected = _EXPECTED.get(kind.compression)
     if found == expected:
         return

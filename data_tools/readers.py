@@ -44,7 +44,7 @@ def open_piece(piece: Piece, keys: Keys | None = None) -> PieceReader:
 
 
 class WholeFileReader:
-    """A file that is one document; its name without suffixes is the document's."""
+    """A file that is one document, with the file's name for its id."""
 
     def __init__(self, piece: Piece, keys: Keys) -> None:
         self.piece = piece
@@ -82,7 +82,7 @@ class WholeFileReader:
             return
         yield Document(
             text=text,
-            identifier=piece.file.name.split(".txt")[0],
+            identifier=piece.shown,
             file=piece.shown,
             start=0,
             stop=len(raw),

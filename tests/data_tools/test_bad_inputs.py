@@ -67,6 +67,7 @@ MISLABELLED = {
     "a.txt": ("text".encode("utf-16"), "text in UTF-16"),
     "b.txt": (b"PK\x03\x04" + b"\0" * 20, "it is a zip archive"),
     "a.parquet": (b'{"text": "a"}\n' * 9, "cannot be read as parquet"),
+    "a.json": (b'\n[\n {"text": "a"}\n]\n', "it is a JSON array, not lines of JSON"),
     "b.parquet": (b"", "cannot be read as parquet"),
     "a.arrow": (b'{"text": "a"}\n' * 9, "cannot be read as arrow"),
 }

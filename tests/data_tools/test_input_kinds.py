@@ -132,9 +132,7 @@ def test_a_txt_file_may_be_compressed(tmp_path: Path) -> None:
     (tmp_path / "c.txt.zst").write_bytes(zstd(b"one\r\ntwo"))
     found = [record for piece in find_inputs([tmp_path]) for record in open_piece(piece).documents()]
     assert [(record.text, record.identifier) for record in found if isinstance(record, Document)] == [
-        ("one\r\ntwo", "a"),
-        ("one\r\ntwo", "b"),
-        ("one\r\ntwo", "c"),
+        ("one\r\ntwo", str(tmp_path / name)) for name in ("a.txt", "b.txt.gz", "c.txt.zst")
     ]
 
 
