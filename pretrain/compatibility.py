@@ -271,7 +271,7 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("sharded data parallelism", "engine zero"): _SHARDED_BY_FSDP,
     ("sharded data parallelism", "engine pipeline"): _SHARDED_BY_FSDP,
     ("NVMe offload", "NVMe offload"): Refusal(
-        reason="DeepSpeed keeps shares of over 1 MiB in files of its own, which checkpoints here neither read nor write",
+        reason="DeepSpeed keeps shares of over 1 MiB in files of its own, which our checkpoints neither read nor write",
         allowed="none, cpu",
         change="set parallel.offload_optimizer=cpu and parallel.offload_parameters=cpu, or start more ranks",
     ),
