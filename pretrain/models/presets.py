@@ -119,4 +119,18 @@ PRESETS: Mapping[str, Preset] = {
     "llama-70b": _llama2(layers=80, width=8192, heads=64, key_value_heads=8, intermediate=28672),
     "qwen3-0.6b": _qwen3(layers=28, width=1024, heads=16, intermediate=3072, tied=True),
     "qwen3-8b": _qwen3(layers=36, width=4096, heads=32, intermediate=12288, tied=False),
+    "qwen3-30b-a3b": Preset(
+        model_type="qwen3_moe",
+        source="Qwen3 (Yang et al. 2025, arXiv:2505.09388), table 2, and its config.json",
+        fields={
+            **_qwen3(layers=48, width=2048, heads=32, intermediate=6144, tied=False).fields,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "router_aux_loss_coef": 0.001,
+        },
+    ),
 }
