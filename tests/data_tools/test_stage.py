@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -19,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from data_tools.dataset_cache import DatasetCache, parse_size
 from data_tools.errors import ShardError, StorageError, UsageError
 from data_tools.manifest import TokenizerIdentity, load_manifest, save_manifest
 from data_tools.shard_verify import verify_dataset
@@ -240,43 +238,6 @@ def test_a_dataset_that_changed_behind_its_url_is_another_one(url: str, s3: Any,
     assert verify_dataset(first.folder) == []  # who reads it goes on
 
 
-def size_of(staged: Path) -> int:
-    return json.loads(staged.with_name(f"{staged.name}.json").read_text())["parts"]["train"]
-
-
-def test_the_least_recently_used_dataset_goes_and_none_that_is_in_use(tmp_path: Path) -> None:
-    urls = []
-    for name in ("a", "b", "c", "d"):
-        write_dataset(tmp_path / name / "train", [[ord(name)] * 5000])
-        urls.append(f"file://{tmp_path / name}")
-    cache = tmp_path / "cache"
-    first = stage_dataset(urls[0], cache)
-    limit = int(3.5 * size_of(first.folder))
-    second = stage_dataset(urls[1], cache, max_bytes=limit)
-    first.lease.close()
-    second.lease.close()
-    third = stage_dataset(urls[2], cache, max_bytes=limit)
-    again = stage_dataset(urls[0], cache, max_bytes=limit)  # the second one was not used for longest now
-    again.lease.close()
-    fourth = stage_dataset(urls[3], cache, max_bytes=limit)
-    assert [place.folder.exists() for place in (first, second, third, fourth)] == [True, False, True, True]
-    with pytest.raises(StorageError, match=r"the cache .* may have .* is in use.* is in use"):
-        stage_dataset(urls[1], cache, max_bytes=2 * size_of(first.folder))
-    assert third.folder.exists()
-    assert fourth.folder.exists()
-    assert {entry.url for entry in DatasetCache(cache).entries()} == {urls[2], urls[3]}
-
-
-def test_a_limit_smaller_than_the_dataset_evicts_nothing(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_dataset(tmp_path / name / "train", [[ord(name)] * 5000])
-    staged = stage_dataset(f"file://{tmp_path / 'a'}", tmp_path / "cache")
-    staged.lease.close()
-    with pytest.raises(StorageError, match="may have 100"):
-        stage_dataset(f"file://{tmp_path / 'b'}", tmp_path / "cache", max_bytes=100)
-    assert staged.folder.exists()
-
-
 def _stage_and_tell(url: str, cache: Path, answers: Any) -> None:
     answers.put(stage_dataset(url, cache).fetched_bytes)
 
@@ -375,16 +336,6 @@ def test_the_command_lines(run: Callable[..., tuple[int, str, str]], s3: Any, da
     assert code == 65
     assert "holds no dataset" in err
     assert run("stage", url, "--cache", tmp_path / "cache", "--max-size", "many")[0] == 64
-
-
-def test_sizes() -> None:
-    assert [parse_size(text) for text in ("10", "1kB", "1.5 GB", "2GiB", "3T")] == [
-        10,
-        1000,
-        1_500_000_000,
-        2 << 30,
-        3 * 10**12,
-    ]
 
 
 @pytest.mark.chaos
