@@ -135,6 +135,7 @@ def _pipeline_cells() -> list[Cell]:
         Cell(4, replace(one_way, zero_stage=0, precision="fp32", micro_batch_size=1)),
         Cell(4, replace(one_way, precision="bf16")),
         Cell(4, replace(one_way, tensor=2, model_type="olmo2")),
+        Cell(4, replace(one_way, tensor=2, tied=True, precision="bf16")),
         Cell(4, replace(one_way, tensor=2, model_type="mistral", model=(("sliding_window", 10),))),
         Cell(4, replace(one_way, pipeline=4, layers=4, tied=True)),
         Cell(4, replace(one_way, pipeline=4, layers=6, micro_batch_size=1, recomputation="full")),
