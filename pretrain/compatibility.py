@@ -187,6 +187,11 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
         allowed="one of the two",
         change="set parallel.sequence=1 (execution.recomputation=full makes room for long rows), or parallel.tensor=1",
     ),
+    ("tensor parallelism", "compiled layers"): Refusal(
+        reason="the sums over tensor ranks inside compiled layers were never compared with plain",
+        allowed="execution.compile: false",
+        change="set execution.compile=false",
+    ),
     ("tensor parallelism", "expert parallelism"): Refusal(
         reason="experts are shared whole, not cut",
         allowed="one of the two",
