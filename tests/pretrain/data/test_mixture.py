@@ -45,7 +45,7 @@ def test_each_source_is_read_without_gaps_and_the_ledger_agrees(weights: list[fl
         assert indices[sources == source].tolist() == list(range(before[source], after[source]))
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(wholes, st.integers(0, FARTHEST))
 def test_a_tree_keeps_its_bound_and_its_places_agree_with_its_counts(weights: list[int], first: int) -> None:
     tree = SplitTree(weights)
@@ -127,7 +127,7 @@ def plans(draw: st.DrawFn) -> tuple[list[float], list[Phase], list[int | None]]:
     return draw(row), phases, limits
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(plans())
 def test_phases_and_limits_agree_with_a_recount(plan: tuple[list[float], list[Phase], list[int | None]]) -> None:
     weights, phases, limits = plan
