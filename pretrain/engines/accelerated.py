@@ -32,13 +32,13 @@ class AcceleratedEngine:
         self._device = device
         self._ranks, self._rank = distributed.world_size(), distributed.rank()
         self._accelerator = start_accelerator(device)
-        self._model = builder.build(device)
         self._held = hold_model(
             self._accelerator,
-            self._model,
+            builder,
             sharded=config.parallel.data_parallel == "shard",
             precision=config.precision,
         )
+        self._model = self._held.model
         self._weights = self._held.weights
         self._optimizer = build_optimizer(
             ((name, weight.values) for name, weight in self._weights.items()), config.optimizer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,13 @@ import torch
 from torch import nn
 
 from pretrain import distributed
+from pretrain.checkpoint.fragments import whole_box
 from pretrain.config import Precision
+from pretrain.engines.tensor_parallel import slicing_gather
 from pretrain.errors import LaunchError, Problem
 from pretrain.models.batch import Batch
+from pretrain.models.build import ModelBuilder
+from pretrain.models.sharding import SHARD, Shard, compute_buffers
 from pretrain.models.training_model import TrainingModel, decoder_layers
 
 Sums = tuple[torch.Tensor, torch.Tensor]
@@ -36,6 +40,7 @@ class LocalWeight:
 class HeldModel(ABC):
     """A model whose fp32 weights the optimizer may update in place; every rank must call every method."""
 
+    model: TrainingModel
     forward: Callable[[Batch], Sums]
     weights: Mapping[str, LocalWeight]  # by logical name
     is_sharded: bool
@@ -91,10 +96,13 @@ class ReplicatedModel(HeldModel):
 
     is_sharded = False
 
-    def __init__(self, accelerator: Any, model: TrainingModel, precision: Precision) -> None:
+    def __init__(self, accelerator: Any, builder: ModelBuilder, precision: Precision) -> None:
+        self.model = model = builder.build(accelerator.device)
         self.weights = {
             name: LocalWeight(shape=tuple(weight.shape), first_row=0, values=weight) for name, weight in _trained(model)
         }
+        if precision == "bf16":
+            _round([weight.values for weight in self.weights.values()])
         self._rounded = RoundedWeights(model) if precision == "bf16" else None
         self._accelerator = accelerator
         with warnings.catch_warnings():
@@ -125,21 +133,44 @@ class ShardedModel(HeldModel):
 
     is_sharded = True
 
-    def __init__(self, accelerator: Any, model: TrainingModel, precision: Precision) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-
-        shapes = {name: tuple(weight.shape) for name, weight in _trained(model)}
-        device = accelerator.device
+    def __init__(self, accelerator: Any, builder: ModelBuilder, precision: Precision) -> None:
         self._accelerator = accelerator
-        self._module = _shard(model, init_device_mesh(device.type, (accelerator.num_processes,)), precision)
+        with torch.device("meta"):
+            self.model = model = builder.construct()
+        self._module = _shard(model, accelerator, precision)
         self._sharded = dict(_trained(model))
         self.weights = {
             name: LocalWeight(
-                shape=shapes[name], first_row=_first_row(weight), values=nn.Parameter(weight.to_local().detach())
+                shape=tuple(weight.shape),
+                first_row=_first_row(weight),
+                values=nn.Parameter(weight.to_local().detach()),
             )
             for name, weight in self._sharded.items()
         }
+        compute_buffers(model)
+        with self._parts_in_place():
+            builder.fill(model, gather=slicing_gather())
+        if precision == "bf16":
+            _round([weight.values for weight in self.weights.values()])
         self.forward = self._module
+
+    @contextmanager
+    def _parts_in_place(self) -> Iterator[None]:
+        """Within the block modules hold this rank's rows as plain parameters, which know what part they are."""
+        sharded = {id(weight): self.weights[name] for name, weight in self._sharded.items()}
+        owners = [
+            (module, name, weight)
+            for module in self.model.modules()
+            for name, weight in module.named_parameters(recurse=False)
+        ]
+        for module, name, weight in owners:
+            part = sharded[id(weight)]
+            rows = (part.first_row, part.first_row + len(part.values))
+            setattr(part.values, SHARD, Shard(shape=part.shape, box=(rows, *whole_box(part.shape[1:]))))
+            module._parameters[name] = part.values
+        yield
+        for module, name, weight in owners:
+            module._parameters[name] = weight
 
     def communicating(self, *, is_last: bool) -> AbstractContextManager[object]:
         """See HeldModel."""
@@ -191,12 +222,16 @@ class RoundedWeights:
                 module._parameters[name] = weight
 
 
-def hold_model(accelerator: Any, model: TrainingModel, *, sharded: bool, precision: Precision) -> HeldModel:
-    """Wrap a model that was just filled. Collective."""
-    if precision == "bf16":
-        for weight in model.parameters():  # masters start from the rounded weights, as in the other engines
-            weight.data = weight.data.bfloat16().float()
-    return (ShardedModel if sharded else ReplicatedModel)(accelerator, model, precision)
+def hold_model(accelerator: Any, builder: ModelBuilder, *, sharded: bool, precision: Precision) -> HeldModel:
+    """The model with its starting weights, on all ranks. Collective."""
+    return (ShardedModel if sharded else ReplicatedModel)(accelerator, builder, precision)
+
+
+@torch.no_grad()
+def _round(weights: Sequence[nn.Parameter]) -> None:
+    """Let masters start from the rounded weights, as in the other engines."""
+    for weight in weights:
+        weight.copy_(weight.bfloat16())
 
 
 def _trained(model: TrainingModel) -> Iterator[tuple[str, Any]]:
@@ -205,9 +240,13 @@ def _trained(model: TrainingModel) -> Iterator[tuple[str, Any]]:
             yield model.logical_name(name), weight
 
 
-def _shard(model: TrainingModel, mesh: Any, precision: Precision) -> Any:
-    """One group of weights a decoder layer, one each for embedding and head unless they are tied, one for the rest."""
+def _shard(model: TrainingModel, accelerator: Any, precision: Precision) -> Any:
+    """One group of weights a decoder layer, one each for embedding and head unless they are tied, one for the rest.
+
+    The model comes from the meta device: a group gets memory when its turn comes, and keeps this rank's rows of it.
+    """
     from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     low = torch.bfloat16 if precision == "bf16" else None
@@ -217,17 +256,28 @@ def _shard(model: TrainingModel, mesh: Any, precision: Precision) -> Any:
         mixed_precision_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
     )
     settings = {
-        "mesh": mesh,
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "reshard_after_forward": plugin.reshard_after_forward,
         "mp_policy": plugin.mixed_precision_policy,
     }
-    for layer in decoder_layers(model.network):
-        fully_shard(layer, **settings)
     ends = (model.network.get_input_embeddings(), model.network.get_output_embeddings())
-    if ends[0].weight is not ends[1].weight:
-        for end in ends:
-            fully_shard(end, **settings)
-    return fully_shard(model, **settings)
+    are_tied = ends[0].weight is ends[1].weight
+    for group in (*decoder_layers(model.network), *(() if are_tied else ends), model):
+        _give_memory(group, accelerator.device)
+        fully_shard(group, **settings)
+    return model
+
+
+def _give_memory(group: nn.Module, device: torch.device) -> None:
+    """Memory with arbitrary values for the parameters and buffers that have none yet; tied ones stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in group.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device))
+            module._parameters[name] = made.get(id(parameter), parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer
 
 
 def _first_row(weight: Any) -> int:
