@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from data_tools.choices import BadLinePolicy, Digits, TokenizerType, Whitespace
 from data_tools.documents import Document
@@ -49,6 +50,7 @@ def pieces_of(tokenizer: DocumentTokenizer, text: str) -> list[str]:
 
 
 @given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])) | st.text("ab 1\n\t<|user|>"))
+@example(text="<0x41><0x00> <unk></s> <|endoftext|>")
 @settings(max_examples=60)
 def test_every_design_gives_the_text_back(trained: tuple[TokenizerDesign, DocumentTokenizer], text: str) -> None:
     _, tokenizer = trained
@@ -141,14 +143,19 @@ def test_a_sample_is_even_of_the_size_asked_for_and_repeats() -> None:
     assert draw_sample([], most_bytes=1000).texts == ()
 
 
-def test_a_sample_holds_no_more_than_it_keeps() -> None:
-    """Whatever the lengths: what is kept are the documents of the smallest numbers, as many as fit."""
-    mixed = [*documents(300, 10), *documents(300, 400)]
-    small = draw_sample(mixed, most_bytes=5000, seed=1)
-    large = draw_sample(mixed, most_bytes=20_000, seed=1)
-    assert sum(len(sampled.text) for sampled in small.texts) <= 5000
-    assert set(small.texts) < set(large.texts)
-    assert {len(sampled.text) for sampled in small.texts} == {10, 400}
+def test_a_sample_is_the_documents_of_the_smallest_numbers_as_many_as_fit() -> None:
+    """Whatever the lengths: one that is short does not slip in where a longer one was too much."""
+    mixed = [*documents(300, 10), *documents(300, 400), *documents(300, 10)]
+    numbers = [xxh3_64_intdigest(place.to_bytes(8, "little"), 1) for place in range(len(mixed))]
+    for most_bytes in (300, 5000, 20_000, 50_000):
+        expected, size = [], 0
+        for place in sorted(range(len(mixed)), key=numbers.__getitem__):
+            size += len(mixed[place][1].text)
+            if size > most_bytes:
+                break
+            expected.append(place)
+        drawn = draw_sample(mixed, most_bytes=most_bytes, seed=1)
+        assert [sampled.text for sampled in drawn.texts] == [mixed[place][1].text for place in sorted(expected)]
 
 
 def test_the_command_tells_bytes_per_token_of_every_source(
