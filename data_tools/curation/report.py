@@ -116,7 +116,7 @@ def _kept_chart(totals: Sequence[StepTotal]) -> str:
 
 
 def _step_table(totals: Sequence[StepTotal]) -> str:
-    head = ("step", "documents in", "dropped", "of them", "changed", "documents out", "text out", "seconds of work")
+    head = ("step", "documents in", "dropped", "of them", "changed", "documents out", "text out", "seconds")
     rows = []
     for total in totals:
         counts = total.counts
