@@ -5,12 +5,13 @@ Holds tables of characters; what is done about the others is encoding.py's.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
+
+import orjson
 
 # Every version of the Unicode tables splits, folds and composes these alike.
 COMPOSED_ALIKE = (
@@ -30,7 +31,7 @@ _BY_CATEGORY = {"ByteLevel", "Split", "Digits", "Sequence"}
 
 def unsafe_characters(tokenizer_json: bytes) -> re.Pattern[str]:
     """Return what finds the first character of a text that makes a comparison necessary for this tokenizer."""
-    settings: dict[str, Any] = json.loads(tokenizer_json)
+    settings: dict[str, Any] = orjson.loads(tokenizer_json)
     is_plain = settings.get("normalizer") is None and _kinds(settings.get("pre_tokenizer")) <= _BY_CATEGORY
     return re.compile(f"[^{COMPOSED_ALIKE}{_of_constant_category() + _HIGHER if is_plain else ''}]")
 

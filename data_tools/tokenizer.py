@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from data_tools.document_tokenizer import (
@@ -106,7 +107,7 @@ class HuggingFaceTokenizer(DocumentTokenizer):
 
     def _unknown_tokens(self, content: bytes) -> set[str | None]:
         """Return the unknown token: a special one that texts may well produce."""
-        model: dict[str, Any] = json.loads(content)["model"]
+        model: dict[str, Any] = orjson.loads(content)["model"]
         number = model.get("unk_id")
         return {model.get("unk_token"), None if number is None else self._tokenizer.id_to_token(number)}
 

@@ -75,6 +75,8 @@ def build_gpt2(folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
     made.mkdir()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}  # Megatron asks for it
+    (made / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer.save(str(made / "tokenizer.json"))
     return made
 

@@ -5,11 +5,15 @@ Each is a command for a process of its own; that of the bare loops is `python -m
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import orjson
@@ -58,7 +62,7 @@ def _megatron(tokenizer: Path, workers: int, checkout: Path | None) -> Program:
     words = [sys.executable, "-m", "tests.benchmarks.data.peers", "megatron", script, "--input", "{corpus}"]
     words += ["--json-keys", "text", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
     words += ["--append-eod", "--workers", str(workers), "--output-prefix", "{output}", "--log-interval", "1000000"]
-    return Program(name=name, command=tuple(words), environment={"PYTHONPATH": str(checkout)})
+    return Program(name=name, command=tuple(words), environment={"TORCH_COMPILE_DISABLE": "1"})
 
 
 def _batches(corpus: Path) -> Iterator[list[str]]:
@@ -107,16 +111,33 @@ def _run_megatron(words: list[str]) -> None:
     """Run a script of Megatron's, which asks for Python 3.12's `typing.override`, and for triton without using it."""
     import runpy
     import typing
-    from unittest.mock import MagicMock
 
     if importlib.util.find_spec("triton") is None:
-        sys.modules |= {name: MagicMock(__spec__=None) for name in ("triton", "triton.language")}
+        for name in ("torch.utils.flop_counter", "torch._inductor.runtime.triton_heuristics", "transformers"):
+            importlib.import_module(name)  # these look for triton themselves: before it seems to be there
+        sys.meta_path.append(_Stubs())
 
     if not hasattr(typing, "override"):
         typing.override = lambda method: method  # type: ignore[attr-defined,unused-ignore]
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parents[1]))
     runpy.run_path(words[0], run_name="__main__")
+
+
+class _Stubs(MetaPathFinder, Loader):
+    """Lets `import triton` and what is below it succeed, with objects that do nothing."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "triton" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        from unittest.mock import MagicMock
+
+        stub: ModuleType = MagicMock(name=spec.name, __path__=[], __version__="0.0.0")
+        return stub
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
 
 
 def main() -> None:
