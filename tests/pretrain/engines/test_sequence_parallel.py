@@ -30,6 +30,16 @@ def test_non_finite_gradient_on_one_rank_is_skipped_by_all(rank_pool: Pool, stag
     assert moments <= TOLERANCES[precision].moments
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_fp16_scales_skips_and_goes_on(rank_pool: Pool, stage: int) -> None:
+    case = replace(CASE, zero_stage=stage, precision="fp16", poisoned_step=1)
+    outcomes = rank_pool(2).run(train_case, case)
+    reference = plain(rank_pool, replace(case, precision="fp32"))
+    assert outcomes[0].skipped == outcomes[1].skipped == [False, True, False, False, False]
+    assert outcomes[0].losses[2:] == pytest.approx(reference.losses[2:], rel=1e-3)
+    assert outcomes[0].norms[2:] == pytest.approx(reference.norms[2:], rel=1e-2)
+
+
 def loss_of_other_documents(case: Case) -> tuple[float, float]:
     """The loss of the second document's tokens of one row, and the same with other tokens in the first document."""
     engine = start_engine(case)
