@@ -249,7 +249,7 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
         change="set execution.compile=false",
     ),
     ("expert parallelism", "expert parallelism"): Refusal(
-        reason="DeepSpeed's AutoEP fails with transformers 5.23, and gives the experts' weights other names and shapes, "
+        reason="DeepSpeed's AutoEP fails with transformers 5.23, and gives experts' weights other names and shapes, "
         "under which checkpoints would not find them",
         allowed="1",
         change="set parallel.expert=1; parallel.zero_stage=3 shares the experts' weights and state",
