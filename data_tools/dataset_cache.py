@@ -66,6 +66,7 @@ class Entry:
     url: str
     size: int
     used_at: float  # seconds since the epoch
+    is_split: bool  # the URL is that of one split
 
 
 class DatasetCache:
@@ -102,13 +103,24 @@ class DatasetCache:
             try:
                 facts = json.loads(path.read_text(encoding="utf-8"))
                 used_at = (self.folder / f"{key}{_USE}").stat().st_mtime
-                found.append(Entry(key=key, url=facts["url"], size=sum(facts["parts"].values()), used_at=used_at))
+                size = sum(facts["parts"].values())
+                found.append(Entry(key=key, url=facts["url"], size=size, used_at=used_at, is_split=facts["is_split"]))
             except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
                 continue  # evicted meanwhile, or no file of ours
         return sorted(found, key=lambda entry: (entry.used_at, entry.key))
 
-    def reserve(self, key: str, url: str, parts: Mapping[str, int], missing: int, max_bytes: int | None) -> None:
-        """Make room for parts (name -> bytes) of an entry that the caller has leased, and write down that it is taken.
+    def reserve(
+        self, key: str, url: str, parts: Mapping[str, int], *, missing: int, max_bytes: int | None, is_split: bool
+    ) -> None:
+        """Make room for parts of an entry that the caller has leased, and write down that it is taken.
+
+        Args:
+            key: of the entry.
+            url: of the dataset, or of one split (`is_split`).
+            parts: name -> bytes when complete.
+            missing: bytes that are not there yet.
+            max_bytes: of the whole cache.
+            is_split: whether the entry holds one split.
 
         Raises:
             StorageError: it does not fit, even without all that nobody uses.
@@ -129,7 +141,7 @@ class DatasetCache:
                     "free some space, limit the cache (--max-size, data.cache_max_bytes), or choose another folder",
                 )
             staged = path.with_name(f"{path.name}.tmp")
-            staged.write_text(json.dumps({"url": url, "parts": known}), encoding="utf-8")
+            staged.write_text(json.dumps({"url": url, "is_split": is_split, "parts": known}), encoding="utf-8")
             staged.rename(path)
 
     def _evict(self, key: str, needed: int, max_bytes: int) -> None:

@@ -125,14 +125,13 @@ def _staged_earlier(room: DatasetCache, url: str, splits: Sequence[str] | None) 
         lease = room.lease(entry.key)
         folder = room.place(entry.key)
         present = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
-        names = present if splits is None else splits
+        names = present if splits is None or entry.is_split else splits
         try:
             is_whole = bool(names) and all(not size_faults(folder / n, load_manifest(folder / n)) for n in names)
         except ShardError:
             is_whole = False
         if is_whole:
-            is_split = not (folder / TOKENIZER_FOLDER).is_dir() and len(present) == 1
-            return StagedDataset(folder=folder / present[0] if is_split else folder, lease=lease, fetched_bytes=0)
+            return StagedDataset(folder=folder / present[0] if entry.is_split else folder, lease=lease, fetched_bytes=0)
         lease.close()
     return None
 
@@ -154,7 +153,14 @@ def _fetch(
     missing = sum(max(0, file.record.bytes - max(0, _length(_part_of(file.target)))) for file in files)
     small = sum(map(len, tokenizer.values())) + sum(len(split.raw_manifest) for split in remote.splits.values())
     parts = {split.name: split.size for split in splits} | {_TOKENIZER_PART: small}
-    room.reserve(remote.key, remote.place.url, parts, missing + small, max_bytes)
+    room.reserve(
+        remote.key,
+        remote.place.url,
+        parts,
+        missing=missing + small,
+        max_bytes=max_bytes,
+        is_split=remote.is_split,
+    )
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     _fetch_files(files, missing, remote.place.patience, workers, on_progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -88,6 +89,7 @@ class CuttingProxy:
             while block := source.recv(1 << 14):
                 passed += len(block)
                 if is_cut(passed):
+                    time.sleep(0.1)  # what came so far is read before the end is seen
                     break
                 target.sendall(block)
         except OSError:

@@ -120,7 +120,8 @@ def test_a_file_that_was_lost_or_cut_is_fetched_again_and_no_other(url: str, dat
 def test_connections_that_are_cut_again_and_again(
     url: str, dataset: Path, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy = CuttingProxy(s3_port, cuts=12, after_bytes=30_000)
+    monkeypatch.setattr("data_tools.storage.BLOCK_BYTES", 10_000)  # so that files are gone on with in their middle
+    proxy = CuttingProxy(s3_port, cuts=12, after_bytes=8_000)
     reach(proxy.port, monkeypatch)
     staged = stage_dataset(url, tmp_path / "cache", workers=2, patience=replace(QUICK, attempts=20))
     proxy.close()
@@ -147,9 +148,12 @@ def test_a_storage_that_cannot_be_asked_leaves_the_staged_copy_in_use(
     url: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     staged = stage_dataset(url, tmp_path / "cache", patience=QUICK)
+    split = stage_dataset(f"{url}/validation", tmp_path / "cache", patience=QUICK)
     reach(CuttingProxy(s3_port, cuts=-1, after_bytes=0).port, monkeypatch)
     again = stage_dataset(url, tmp_path / "cache", splits=["train"], patience=QUICK)
     assert (again.folder, again.fetched_bytes) == (staged.folder, 0)
+    again = stage_dataset(f"{url}/validation", tmp_path / "cache", splits=["train"], patience=QUICK)
+    assert (again.folder, again.fetched_bytes) == (split.folder, 0)
     assert "is not asked whether it has changed" in caplog.text
     with pytest.raises(StorageError, match="failed 4 times"):
         stage_dataset(url, tmp_path / "other", patience=QUICK)
@@ -256,13 +260,14 @@ def test_two_processes_copy_once(dataset: Path, tmp_path: Path) -> None:
     assert fetched[1] == sum(path.stat().st_size for path in dataset.rglob("shard-*"))
 
 
-def test_a_server_without_ranges(dataset: Path, tmp_path: Path) -> None:
+def test_a_server_without_ranges(dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with plain_http_server(dataset) as port:
         proxy = CuttingProxy(port, cuts=5, after_bytes=20_000)
         staged = stage_dataset(f"http://127.0.0.1:{proxy.port}", tmp_path / "cache", workers=2, patience=QUICK)
         proxy.close()
     assert proxy.cut == 5
     assert contents(staged.folder) == contents(dataset)
+    assert "wrong hash" not in caplog.text  # what came before was kept, and rightly continued
 
 
 def test_a_silent_server_is_given_up(tmp_path: Path) -> None:
