@@ -46,7 +46,8 @@ Inputs = Annotated[
     list[str],
     typer.Argument(
         help="Files (.txt .jsonl .json .csv .tsv .parquet .arrow; text also .gz .zst), folders, 'patterns', "
-        "folders of the datasets library, hf:NAME[:SPLIT], or - for standard input."
+        "folders of the datasets library, hf:NAME[:SPLIT], URLs (s3, gs, hf, http, https, file; copied into "
+        "~/.cache/athanor/inputs first), or - for standard input."
     ),
 ]
 StdinSuffix = Annotated[str, typer.Option(help="What standard input (-) would end in as a file.")]
