@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pretrain.checkpoint.fragments import MASTER
+from pretrain.config import ModelSection
+from pretrain.engines.build import build_engine
 from pretrain.errors import LaunchError
+from pretrain.models.build import ModelBuilder
 from tests.distributed.ranks import run_on_ranks
-from tests.pretrain.engines.cases import Case, start_engine, step_batches, train_case
+from tests.pretrain.engines.cases import SEQUENCE_LENGTH, Case, start_engine, step_batches, train_case
 from tests.pretrain.engines.parity import TOLERANCES, Pool, plain, state_differences
 
 pytestmark = pytest.mark.ranks
@@ -91,3 +96,41 @@ def expect_a_refusal(case: Case) -> str:
 def test_a_wrong_count_of_processes_is_refused() -> None:
     for told in run_on_ranks(2, expect_a_refusal, Case(engine="accelerate")):
         assert "accelerate counts 1 processes, the launcher started 2" in told
+
+
+def first_weights(case: Case, folder: str) -> list[tuple[str, int, list[float]]]:
+    """This rank's part of the starting weights, read from a folder."""
+    config = case.config.model_copy(update={"model": ModelSection(weights=folder)})
+    builder = ModelBuilder(
+        config.model,
+        seed=0,
+        sequence_length=SEQUENCE_LENGTH,
+        execution=config.execution,
+        loss=config.loss,
+    )
+    engine = build_engine(
+        config, "accelerate", builder, torch.device("cpu"), topology=case.topology, accumulation=1, file_values={}
+    )
+    try:
+        return [(part.name, part.start, part.values.tolist()) for part in engine.fragments() if part.kind == MASTER]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fsdp_starts_from_a_folder_of_weights(rank_pool: Pool, tmp_path: Path, tied: bool) -> None:
+    case = Case(engine="accelerate", data_parallel="shard", model_type="gpt2", tied=tied)
+    config = case.config
+    builder = ModelBuilder(
+        config.model, seed=7, sequence_length=SEQUENCE_LENGTH, execution=config.execution, loss=config.loss
+    )
+    network = builder.build("cpu").network
+    network.save_pretrained(tmp_path)
+    found: dict[str, dict[int, list[float]]] = {}
+    for rank in rank_pool(2).run(first_weights, case, str(tmp_path)):
+        for name, start, values in rank:
+            found.setdefault(name, {})[start] = values
+    whole = {name: torch.tensor(sum((parts[start] for start in sorted(parts)), [])) for name, parts in found.items()}
+    expected = dict(network.named_parameters())
+    assert whole.keys() == expected.keys()
+    assert all(torch.equal(whole[name], weight.detach().flatten()) for name, weight in expected.items())
