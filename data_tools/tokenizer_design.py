@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 BYTES = 256
 EOS_TOKENS = {TokenizerType.BPE: "<|endoftext|>", TokenizerType.SENTENCEPIECE: "</s>"}
 DIGITS_OF_THREE = r"\p{N}{1,3}"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LONGEST_RUN = 24  # spaces that become one token
 _FEWEST_LEARNT = {TokenizerType.BPE: 1, TokenizerType.SENTENCEPIECE: BYTES}
 
@@ -60,8 +64,16 @@ class TokenizerDesign:
         """Return the runs of spaces that are tokens by decision, not by learning."""
         return [" " * length for length in range(2, _LONGEST_RUN + 1)] if self.whitespace is Whitespace.RUNS else []
 
+    def word_pattern(self) -> str | None:
+        """Return what a byte-level BPE cuts text by, None for GPT-2's way, which the libraries have built in.
+
+        These are the published patterns of Qwen 2 and Llama 3: fast libraries know no others.
+        """
+        digits = {Digits.INDIVIDUAL: r"\p{N}", Digits.GROUPS_OF_3: DIGITS_OF_THREE}.get(self.digits)
+        return None if digits is None else _WORDS.replace("DIGITS", digits)
+
     def digit_steps(self) -> list[Any]:
-        """Return the pre-tokenizers that cut numbers."""
+        """Return the pre-tokenizers that cut numbers for a unigram model."""
         from tokenizers import Regex, pre_tokenizers
 
         if self.digits is Digits.INDIVIDUAL:

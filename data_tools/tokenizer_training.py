@@ -146,12 +146,15 @@ def save_tokenizer(tokenizer: Tokenizer, design: TokenizerDesign, folder: Path) 
 
 
 def _train_bpe(texts: Iterable[str], design: TokenizerDesign) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    steps = design.digit_steps()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, words]) if steps else words
+    pattern = design.word_pattern()
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern is None:
+        tokenizer.pre_tokenizer = words
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), words])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=design.vocabulary_size - len(design.space_runs()),

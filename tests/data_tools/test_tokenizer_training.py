@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -199,3 +200,15 @@ def test_bad_lines_of_a_training_corpus(tmp_path: Path) -> None:
     made = make_tokenizer([source], lenient, tmp_path / "out")
     assert made.record["dropped"] == {"not JSON": 1}
     assert json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())["line"] == 61
+
+
+def test_the_fast_library_knows_every_byte_level_design(trained: tuple[TokenizerDesign, DocumentTokenizer]) -> None:
+    gigatoken = pytest.importorskip("gigatoken")
+    design, tokenizer = trained
+    if design.kind is not TokenizerType.BPE:
+        pytest.skip("a unigram model: the fast library is held against tokenizers and replaced where it differs")
+    texts = [text.replace("<|user|>", "") for text in [*TEXT, *CODE, "12345 6789\n\n    x  y\t\t1", "é12" * 9]]
+    layout = gigatoken.Tokenizer.from_json(tokenizer.tokenizer_json()).encode_batch(texts, parallel=False).layout
+    offsets, ids = np.asarray(layout.offsets.data), np.asarray(layout.content.data)
+    for number, expected in enumerate(tokenizer.encode_documents(texts)):
+        assert ids[offsets[number] : offsets[number + 1]].tolist() == expected[:-1].tolist()
