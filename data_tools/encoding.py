@@ -22,6 +22,7 @@ CHECKED_DOCUMENTS = 64  # the first ones of every task,
 CHECKED_CHARACTERS = 1 << 15  # as long as they have no more than this together
 Ids = NDArray[np.integer]  # (tokens,) of any dtype
 
+REFRESHED_CHARACTERS = 48 << 20  # after so many the fast library is loaded anew: bounds its memory
 logger = logging.getLogger(__name__)
 
 
@@ -68,10 +69,8 @@ class CheckedFastEncoder:
     backend = Backend.GIGATOKEN
 
     def __init__(self, tokenizer: DocumentTokenizer, *, threads: int = 1) -> None:
-        from gigatoken import Tokenizer
-
         try:
-            self._fast = Tokenizer.from_json(tokenizer.tokenizer_json())
+            self._load_fast(tokenizer)
         except (RuntimeError, TypeError, KeyError) as error:
             raise ValueError(str(error).partition("\n")[0]) from error
         self._reference = tokenizer
@@ -88,6 +87,15 @@ class CheckedFastEncoder:
         self._documents_to_check = CHECKED_DOCUMENTS
         self._characters_to_check = CHECKED_CHARACTERS
         self.checked = 0
+        if self._characters >= REFRESHED_CHARACTERS:
+            self._load_fast(self._reference)
+
+    def _load_fast(self, tokenizer: DocumentTokenizer) -> None:
+        """Begin with an empty cache of words: the library's own grows with every new one."""
+        from gigatoken import Tokenizer
+
+        self._fast = Tokenizer.from_json(tokenizer.tokenizer_json())
+        self._characters = 0
 
     def encode(self, texts: Sequence[str]) -> Sequence[Ids]:
         """Return the ids of each text.
@@ -96,6 +104,7 @@ class CheckedFastEncoder:
             EncodersDifferError: a text has other ids in the reference.
         """
         documents = self._encode_fast(texts)
+        self._characters += sum(map(len, texts))
         ends = np.cumsum([len(ids) for ids in documents])
         # the fast library reads special tokens in texts, the reference by our choice does not: it decides on these
         marked = np.flatnonzero(self._is_marked[np.concatenate(documents)])
