@@ -53,6 +53,7 @@ class Case:
     offload_parameters: str = "none"
     recomputation: str = "none"
     recompute_every: int = 1
+    compile: bool = False
     precision: str = "fp32"
     micro_batch_size: int = 4
     model_type: str = "llama"
@@ -95,7 +96,11 @@ class Case:
                 "loss": {"z_loss": self.z_loss},
                 "precision": self.precision,
                 "parallel": {key: getattr(self, key) for key in PARALLEL_KEYS},
-                "execution": {"recomputation": self.recomputation, "recompute_every": self.recompute_every},
+                "execution": {
+                    "recomputation": self.recomputation,
+                    "recompute_every": self.recompute_every,
+                    "compile": self.compile,
+                },
             }
         )
 

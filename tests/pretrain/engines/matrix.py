@@ -78,9 +78,12 @@ def _accelerate_cells() -> list[Cell]:
 
 
 def _recomputation_cells() -> list[Cell]:
+    compiled = Case(compile=True, precision="bf16", micro_batch_size=4)
     both = Case(engine="plain", recomputation="selective", recompute_every=2, layers=3, micro_batch_size=2)
     return [
         Cell(1, both),
+        Cell(2, replace(compiled, engine="zero", zero_stage=3), slow=True),
+        Cell(2, replace(compiled, engine="accelerate", data_parallel="shard"), slow=True),
         *(
             Cell(
                 ranks,

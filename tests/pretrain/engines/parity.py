@@ -94,7 +94,7 @@ def plain(rank_pool: Pool, case: Case) -> Outcome:
     """The reference takes micro-batches of the same size: in bf16 each is rounded by itself."""
     usual = Case()
     layout = ("tensor", "pipeline", "sequence", "expert", "pipeline_schedule", "data_parallel")
-    savings = ("zero_stage", "offload_optimizer", "offload_parameters", "recomputation", "recompute_every")
+    savings = ("zero_stage", "offload_optimizer", "offload_parameters", "recomputation", "recompute_every", "compile")
     return _plain(
         rank_pool(1), replace(case, engine="plain", **{key: getattr(usual, key) for key in (*layout, *savings)})
     )
