@@ -142,7 +142,7 @@ def _rank_memory(
     gradients = _gradient_bytes(layout, step) * (shard if layout.stage >= 2 or layout.shards_weights else parameters)
     host = 0
     if layout.offloads_optimizer:  # the gradients' sums go where the update is computed
-        host += sum(optimizer.values()) + gradients
+        host += sum(optimizer.values()) + _offloaded_gradient_bytes(shape, layout, step, parameters, shard)
         optimizer, gradients = dict.fromkeys(optimizer, 0), 0
     if layout.offloads_parameters:
         host += weights
@@ -205,6 +205,18 @@ def _gradient_bytes(layout: Layout, step: Step) -> int:
     return step.low
 
 
+def _offloaded_gradient_bytes(shape: Architecture, layout: Layout, step: Step, parameters: int, shard: int) -> int:
+    """Gradients where the optimizer is offloaded, as measured: fp32 sums, and those that the host's update reads.
+
+    Stages 1 and 2 also keep the share that was fetched last, and a buffer for the largest weight on its way.
+    """
+    held = FP32_BYTES * ((parameters if layout.stage == 1 else shard) + shard)
+    if layout.stage == 3:
+        return held
+    largest = shape.hidden_size * max(shape.vocabulary_size, shape.intermediate_size) // layout.tensor
+    return held + step.low * (shard + largest)
+
+
 def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
     """Reduction buckets. DeepSpeed makes them whole, however small the model, where it gathers gradients as they come.
 
@@ -213,7 +225,7 @@ def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
     bucket = layout.buffers.reduce_bucket_size
     if not layout.uses_deepspeed:
         return 0
-    if layout.stage == 0 or (layout.stage == 1 and step.precision == "bf16"):
+    if layout.stage == 0 or (layout.stage == 1 and step.precision == "bf16" and not layout.offloads_optimizer):
         return min(parameters, bucket) * (FP32_BYTES if layout.stage else step.low) if layout.shards > 1 else 0
     doubled = layout.buffers.overlap_comm and layout.stage < 3
     return bucket * step.low * (2 if doubled else 1)
