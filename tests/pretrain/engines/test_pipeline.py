@@ -105,7 +105,17 @@ def train_poisoned(case: Case, rank: int, step: int) -> Any:
     ],
 )
 def test_a_non_finite_gradient_on_one_stage_is_skipped_by_all(rank_pool: Pool, case: Case, rank: int) -> None:
-    reached = rank_pool(2).run(train_poisoned, case, rank, 2)
+    check_skipped_by_all(rank_pool, case, rank, 2)
+
+
+def test_a_non_finite_gradient_of_one_data_and_tensor_rank(rank_pool: Pool) -> None:
+    check_skipped_by_all(rank_pool, replace(ONE_WAY, tied=True), rank=1, ranks=4)
+    check_skipped_by_all(rank_pool, replace(ONE_WAY, tensor=2), rank=3, ranks=4)
+    check_skipped_by_all(rank_pool, replace(ONE_WAY, tensor=2, zero_stage=0), rank=2, ranks=4)
+
+
+def check_skipped_by_all(rank_pool: Pool, case: Case, rank: int, ranks: int) -> None:
+    reached = rank_pool(ranks).run(train_poisoned, case, rank, 2)
     for _, poisoned, after in reached:
         assert poisoned.skipped == [True]
         assert not math.isfinite(poisoned.norms[0])
