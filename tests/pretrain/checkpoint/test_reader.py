@@ -60,6 +60,26 @@ def test_any_cut_into_boxes_and_runs_reassembles(
             assert torch.equal(checkpoint.read_run(name, kind, start, count), tensor.reshape(-1)[start : start + count])
 
 
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_any_run_of_any_box_is_read_from_any_cut(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    state = make_state(seed)
+    path = publish(tmp_path_factory.mktemp("box") / "step-00000001", cut_fragments(state, seed), world_size=2)
+    generator = torch.Generator().manual_seed(seed)
+
+    def up_to(most: int) -> int:
+        return int(torch.randint(most + 1, (), generator=generator))
+
+    with Checkpoint(path) as checkpoint:
+        for (name, kind), tensor in state.items():
+            sides = [(start, start + up_to(length - start)) for length in SHAPES[name] for start in [up_to(length)]]
+            wanted = tensor[tuple(slice(*side) for side in sides)].reshape(-1)
+            start = up_to(wanted.numel())
+            count = up_to(wanted.numel() - start)
+            found = checkpoint.read_box_run(name, kind, tuple(sides), start, count)
+            assert torch.equal(found, wanted[start : start + count]), (name, sides, start, count)
+
+
 def test_the_safetensors_library_reads_the_files(tmp_path: Path) -> None:
     state = make_state()
     path = save_state(CheckpointStore(tmp_path), 1, state)
