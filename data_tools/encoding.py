@@ -78,6 +78,7 @@ class CheckedFastEncoder:
         self._unsafe = unsafe_characters(tokenizer.tokenizer_json()).search
         self._is_marked = np.zeros(max(tokenizer.vocabulary_size, self._fast.vocab_size), bool)
         self._is_marked[tokenizer.marked_ids] = True
+        self._marked_range = min(tokenizer.marked_ids), max(tokenizer.marked_ids)
         self._documents_to_check = 0
         self._characters_to_check = 0
         self.checked = 0
@@ -105,10 +106,8 @@ class CheckedFastEncoder:
         """
         documents = self._encode_fast(texts)
         self._characters += sum(map(len, texts))
-        ends = np.cumsum([len(ids) for ids in documents])
         # the fast library reads special tokens in texts, the reference by our choice does not: it decides on these
-        marked = np.flatnonzero(self._is_marked[np.concatenate(documents)])
-        replaced = set(np.searchsorted(ends, marked, side="right").tolist())
+        replaced = self._with_marked(documents)
         doubtful = {number for number, text in enumerate(texts) if not text.isascii() and self._unsafe(text)}
         doubtful |= self._first_ones(texts)
         again = sorted(doubtful | replaced)
@@ -118,9 +117,18 @@ class CheckedFastEncoder:
             ids = right[number][:-1]
             if number in replaced:
                 documents[number] = ids
-            elif not np.array_equal(ids, documents[number]):
-                raise EncodersDifferError(f"gigatoken and tokenizers differ on the text {texts[number][:200]!r}")
+            else:
+                _require_equal(ids, documents[number], texts[number])
         return documents
+
+    def _with_marked(self, documents: Sequence[Ids]) -> set[int]:
+        """Return which documents hold a special token."""
+        ids = np.concatenate(documents)
+        low, high = self._marked_range
+        near = np.flatnonzero((ids >= low) & (ids <= high))  # special tokens have neighbouring ids: few are looked up
+        places = near[self._is_marked[ids[near]]]
+        ends = np.cumsum([len(one) for one in documents])
+        return set(np.searchsorted(ends, places, side="right").tolist())
 
     def _encode_fast(self, texts: Sequence[str]) -> list[Ids]:
         if not self._parallel:  # one by one it is as fast, and needs neither awkward's start-up nor its memory
@@ -130,15 +138,33 @@ class CheckedFastEncoder:
         return np.split(np.asarray(layout.content.data)[: offsets[-1]], offsets[:-1])[1:]
 
     def _first_ones(self, texts: Sequence[str]) -> set[int]:
-        """Return which texts are still among the first ones of the task, its very first in any case."""
+        """Return which texts are still among the first ones of the task; of one too long its beginning is compared.
+
+        Raises:
+            EncodersDifferError: that beginning has other ids in the reference.
+        """
         numbers = set()
         for number, text in enumerate(texts):
             if self._documents_to_check <= 0 or self._characters_to_check <= 0:
                 break
-            numbers.add(number)
+            if len(text) <= self._characters_to_check:
+                numbers.add(number)
+            else:
+                self._check_beginning(text[: self._characters_to_check])
             self._documents_to_check -= 1
             self._characters_to_check -= len(text)
         return numbers
+
+    def _check_beginning(self, text: str) -> None:
+        [found], [right] = self._encode_fast([text]), self._reference.encode_documents([text])
+        if not self._with_marked([found]):
+            _require_equal(right[:-1], found, text)
+        self.checked += 1
+
+
+def _require_equal(right: Ids, found: Ids, text: str) -> None:
+    if not np.array_equal(right, found):
+        raise EncodersDifferError(f"gigatoken and tokenizers differ on the text {text[:200]!r}")
 
 
 def build_encoder(tokenizer: DocumentTokenizer, backend: Backend, *, threads: int = 1) -> Encoder:
