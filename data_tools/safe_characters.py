@@ -31,9 +31,14 @@ _BY_CATEGORY = {"ByteLevel", "Split", "Digits", "Sequence"}
 
 def unsafe_characters(tokenizer_json: bytes) -> re.Pattern[str]:
     """Return what finds the first character of a text that makes a comparison necessary for this tokenizer."""
-    settings: dict[str, Any] = orjson.loads(tokenizer_json)
-    is_plain = settings.get("normalizer") is None and _kinds(settings.get("pre_tokenizer")) <= _BY_CATEGORY
+    is_plain = cuts_words_by_category(tokenizer_json)
     return re.compile(f"[^{COMPOSED_ALIKE}{_of_constant_category() + _HIGHER if is_plain else ''}]")
+
+
+def cuts_words_by_category(tokenizer_json: bytes) -> bool:
+    """Whether a text is cut in words by its characters' general categories alone, and not changed before."""
+    settings: dict[str, Any] = orjson.loads(tokenizer_json)
+    return settings.get("normalizer") is None and _kinds(settings.get("pre_tokenizer")) <= _BY_CATEGORY
 
 
 def _of_constant_category() -> str:

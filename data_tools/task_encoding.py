@@ -30,7 +30,7 @@ from data_tools.shard_writer import MAX_DOCUMENT_TOKENS
 from data_tools.tokenizer import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
-BATCH_CHARACTERS = 1 << 21  # encoded at a time: bounds the memory
+BATCH_CHARACTERS = 1 << 20  # encoded at a time: bounds the memory
 HISTOGRAM_BINS = 32  # bin n holds lengths below 2 ** n that no earlier bin holds
 DOCUMENT = np.dtype(
     [("length", "<i4"), ("split", "<u1"), ("piece", "<u4"), ("start", "<i8"), ("stop", "<i8")]

@@ -25,6 +25,7 @@ from data_tools.document_tokenizer import (
     write_config,
 )
 from data_tools.errors import InputError
+from data_tools.long_texts import PIECE_CHARACTERS, can_be_cut, pieces_of
 from data_tools.manifest import TokenizerIdentity
 from data_tools.sentencepiece_model import SUFFIX as MODEL_SUFFIX
 from data_tools.sentencepiece_model import SentencePieceModel, is_sentencepiece
@@ -66,17 +67,24 @@ class HuggingFaceTokenizer(DocumentTokenizer):
         self.marked_ids = sorted({self.eos_id, *(vocabulary[token] for token in marked)})
         self._is_special = np.zeros(self.vocabulary_size, bool)
         self._is_special[[vocabulary[token] for token in self._special]] = True
+        self._can_be_cut = can_be_cut(content, lambda text: self._ids_of([text])[0].tolist())
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return the ids of each text, (tokens + 1,) int32, ending in EOS."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        is_long = [self._can_be_cut and len(text) > PIECE_CHARACTERS for text in texts]
+        short = iter(self._ids_of([text for text, long in zip(texts, is_long, strict=True) if not long]))
         documents = []
-        for text, encoding in zip(texts, encodings, strict=True):
-            ids = np.array([*encoding.ids, self.eos_id], np.int32)
+        for text, long in zip(texts, is_long, strict=True):
+            parts = (self._ids_of([piece])[0] for piece in pieces_of(text)) if long else (next(short),)
+            ids = np.concatenate([*parts, [self.eos_id]], dtype=np.int32)
             if self._is_special[ids[:-1]].any():
                 ids = self._encode_in_pieces(text)
             documents.append(ids)
         return documents
+
+    def _ids_of(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens shown."""
