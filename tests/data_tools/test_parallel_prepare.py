@@ -89,7 +89,10 @@ def wait_for_lines(process: subprocess.Popen[bytes], output: Path, more: int, ki
     journal = output.parent / f".{output.name}.partial" / "work" / JOURNAL_NAME
     before = None
     while process.poll() is None:
-        lines = sum(kind in line for line in journal.read_bytes().splitlines()) if journal.exists() else 0
+        try:
+            lines = sum(kind in line for line in journal.read_bytes().splitlines())
+        except FileNotFoundError:  # not yet there, or gone with the folder that was just published
+            lines = 0
         before = lines if before is None else before
         if lines >= before + more:
             return
