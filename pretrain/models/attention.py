@@ -87,7 +87,7 @@ def known_packing(batch: Batch) -> Iterator[None]:
     It would read a value of the positions from the device in every forward to find out, and the host would wait for all
     that the device has still to do.
     """
-    masks = importlib.import_module("transformers.masking_utils")
+    masks: Any = importlib.import_module("transformers.masking_utils")
     own = masks.find_packed_sequence_indices
     masks.find_packed_sequence_indices = _document_of_each_token if has_packed_rows(batch) else lambda positions: None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_a_lease_outlives_waiting_and_ends_with_its_owner(tmp_path: Path) -> Non
         stage_dataset(f"file://{tmp_path / 'b'}", tmp_path / "cache", max_bytes=limit)
     folder = staged.folder
     del staged
+    gc.collect()
     stage_dataset(f"file://{tmp_path / 'b'}", tmp_path / "cache", max_bytes=limit)
     assert not folder.exists()
     assert not list((tmp_path / "cache").glob(f"{folder.name}*"))

@@ -149,7 +149,7 @@ def test_all_faults_of_a_model_are_reported_together() -> None:
     section = ModelSection(model_type="mixtral", hiden_size=1, vocab_size=0, num_local_experts="x")
     with pytest.raises(ConfigError) as caught:
         resolve_architecture(section, LENGTH)
-    assert len(caught.value.problems) == 4  # and the router loss, which its default asks for
+    assert len(caught.value.problems) == 3
 
 
 def test_unknown_preset_names_the_nearest() -> None:
