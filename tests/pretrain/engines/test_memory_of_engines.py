@@ -127,7 +127,7 @@ def held_and_predicted(parallel: tuple[tuple[str, Any], ...], precision: str) ->
     return tuple(size / plan.parameters.total for size in (held, state, gathered))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("ranks", "parallel", "precision"), layouts())
+@pytest.mark.parametrize(("ranks", "parallel", "precision"), list(layouts()))
 def test_ranks_hold_what_was_predicted(
     rank_pool: Callable[[int], RankPool], ranks: int, parallel: tuple[tuple[str, Any], ...], precision: str
 ) -> None:
