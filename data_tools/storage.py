@@ -44,7 +44,7 @@ class Patience:
     def wait(self, failures: int) -> None:
         """Wait after a failure; not all who failed together come back together."""
         seconds = min(self.first_wait_seconds * 2 ** (failures - 1), self.longest_wait_seconds)
-        self.stop.wait(seconds * random.uniform(0.5, 1.0))  # noqa: S311
+        self.stop.wait(seconds * random.uniform(0.5, 1.0))  # noqa: S311 - spreads attempts, keeps no secret
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,5 +216,5 @@ def _made_record(output: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         if record["request"] == facts and record["sha256"] == load_tokenizer(output).identity.sha256:
             return record
     except (OSError, ValueError, KeyError, InputError):
-        pass
+        return None
     return None

@@ -24,7 +24,7 @@ from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
 from pretrain.engines.pipeline_module import MicroBatchFeed, OwnStages, build_pipeline_module, process_groups
 from pretrain.engines.rank_groups import RankGroups
-from pretrain.engines.zero_state import LocalRun, PartitionedState, ReplicatedState
+from pretrain.engines.zero_state import PartitionedState, ReplicatedState
 from pretrain.models.architecture import resolve_architecture
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.build import ModelBuilder
@@ -194,7 +194,7 @@ class PipelineEngine:
         for run in self._state.runs():
             if run.count and self._answers_for(run.name):
                 for kind in KINDS:
-                    yield _fragment(run, kind)
+                    yield run.fragment(kind)
 
     def _answers_for(self, name: str) -> bool:
         """Whether what this rank holds counts: a tied table lies on two stages, a whole weight on all tensor ranks."""
@@ -233,8 +233,3 @@ class PipelineEngine:
 
 def _without_targets(batch: Batch) -> Batch:
     return replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL), target_count=0)
-
-
-def _fragment(run: LocalRun, kind: str) -> Fragment:
-    values = run.tensors[kind].detach().to("cpu", torch.float32)
-    return Fragment(name=run.name, kind=kind, shape=run.shape, box=run.box, start=run.start, values=values)

@@ -7,7 +7,6 @@ target tokens of the global batch), the accumulation boundary, the learning rate
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from pretrain.engines.deepspeed_import import import_deepspeed, quiet
 from pretrain.engines.rank_groups import RankGroups
 from pretrain.engines.sequence_parallel import share_rows
 from pretrain.engines.zero_model import build_zero_model
-from pretrain.engines.zero_state import LocalRun, ReplicatedState, ZeroState, zero_state
+from pretrain.engines.zero_state import ReplicatedState, ZeroState, zero_state
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
@@ -178,7 +177,7 @@ class ZeroEngine:
             is_given_elsewhere = self._place.tensor > 0 and shard_of(self._parameters[run.name]) is None
             for kind in KINDS:
                 if run.count and not is_given_elsewhere:
-                    yield _fragment(run, kind)
+                    yield run.fragment(kind)
 
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""
@@ -242,9 +241,3 @@ class _Clipper:
         scale = torch.clamp((self.norm + 1e-6) / self._clip_norm, min=1.0) if self._clip_norm else torch.ones(())
         scale, found = scale.float().to(self.norm.device), (~self.norm.isfinite()).float()
         vars(optimizer).update(grad_scale=scale, found_inf=found)
-
-
-def _fragment(run: LocalRun, kind: str) -> Fragment:
-    assert run.count <= math.prod(run.shape)
-    values = run.tensors[kind].detach().to("cpu", torch.float32)
-    return Fragment(name=run.name, kind=kind, shape=run.shape, box=run.box, start=run.start, values=values)

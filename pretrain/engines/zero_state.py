@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain.checkpoint.fragments import FIRST_MOMENT, MASTER, SECOND_MOMENT, whole_box
+from pretrain.checkpoint.fragments import FIRST_MOMENT, MASTER, SECOND_MOMENT, Fragment, whole_box
 from pretrain.models.sharding import logical_shape, shard_of
 
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
@@ -35,6 +35,12 @@ class LocalRun:
     start: int
     count: int
     tensors: Mapping[str, torch.Tensor]  # kind -> flat view of `count` elements, written in place
+
+    def fragment(self, kind: str) -> Fragment:
+        """The elements of one kind as a checkpoint takes them."""
+        assert self.count <= math.prod(self.shape)
+        values = self.tensors[kind].detach().to("cpu", torch.float32)
+        return Fragment(name=self.name, kind=kind, shape=self.shape, box=self.box, start=self.start, values=values)
 
 
 class ZeroState(ABC):
