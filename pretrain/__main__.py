@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pretrain.planning.command_line import plan
+
 # Newer typer carries a copy of click, older ones import it: this is the class of either.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -38,6 +40,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or 
 
 checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.command()(plan)
 
 
 @app.command()
