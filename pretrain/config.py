@@ -216,6 +216,7 @@ class GuardSection(Section):
     on_non_finite: Literal["skip", "stop"] = "skip"
     max_skipped_in_a_row: int = Field(default=10, ge=1)  # then the run ends as diverged
     on_spike: Literal["ignore", "warn"] = "warn"
+    stop_margin_seconds: float = Field(default=60, ge=0)  # kept before a time limit besides the last step and save
 
 
 class RunConfig(Section):

@@ -17,8 +17,10 @@ from pretrain.engines.base import Engine, StepResult
 from pretrain.errors import Preempted
 from pretrain.models.batch import Batch
 from pretrain.reporting.reporter import Reporter
+from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
 from pretrain.training.metrics import StepMeter, perplexity
+from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
 from pretrain.training.stopping import StopRequest, should_stop_early
 
@@ -38,6 +40,8 @@ class TrainingLoop:
     meter: StepMeter
     guard: Guard
     stop: StopRequest
+    phases: Phases
+    ledger: GoodputLedger
     data_values: Callable[[Progress], dict[str, float | int]] | None = None  # of a line: what the sources have given
 
     def run(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
@@ -51,10 +55,14 @@ class TrainingLoop:
             Preempted: after an orderly save, where the run was asked to stop before its last step.
             DivergedError: where too many steps had no finite gradient.
         """
+        first_step = progress.step + 1
         while not self._is_finished(progress):
+            step = progress.step + 1
+            self.phases.enter("first step" if step == first_step else "step", step)
             progress = self._step(progress, steps)
             if self._is_due(self.config.evaluation.every_steps, progress) or self._is_finished(progress):
                 progress = self._evaluate(progress)
+            self.phases.doing("agreeing")
             is_stopping = self.stop.is_agreed()
             is_best = progress.best_step == progress.step and self.config.checkpoint.keep_best > 0
             is_due = self._is_due(self.config.checkpoint.every_steps, progress)
@@ -75,7 +83,9 @@ class TrainingLoop:
 
     def _step(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
         began = time.perf_counter()
+        self.phases.doing("reading rows")
         micro_batches = next(steps)
+        self.phases.doing("training")
         data_seconds = time.perf_counter() - began
         multiplier = self.schedule(progress.step)
         self.engine.set_learning_rate_multiplier(multiplier)
@@ -86,6 +96,7 @@ class TrainingLoop:
         progress = progress.after_step(rows=rows, tokens=tokens)
         self.guard.observe(step=progress.step, first_row=first_row, end_row=first_row + rows, skipped=result.skipped)
         self.meter.count_step(tokens=tokens, data_seconds=data_seconds)
+        self.ledger.count_step(progress.step)
         is_last = progress.step == self._last_step
         if is_last or self._is_due(self.config.reporting.every_steps, progress):
             return self._report(progress, result, multiplier)
@@ -109,7 +120,7 @@ class TrainingLoop:
 
     def _evaluate(self, progress: Progress) -> Progress:
         """Every validation set; the first one's loss decides what is best."""
-        with self.meter.paused():
+        with self.phases.inside("evaluation"), self.meter.paused():
             losses = []
             for name, micro_batches in self.validation.items():
                 result = self.engine.evaluate(micro_batches())
@@ -121,7 +132,7 @@ class TrainingLoop:
             return progress.after_evaluation(losses[0]) if losses else progress
 
     def _save(self, progress: Progress, *, is_best: bool) -> Progress:
-        with self.meter.paused():
+        with self.phases.inside("save"), self.meter.paused():
             progress = progress.after_skipped(self.guard.read_skipped())
             self.store.save(
                 progress.step,
@@ -131,7 +142,8 @@ class TrainingLoop:
                 metadata=self.metadata(progress),
                 is_best=is_best,
             )
-            return progress
+        self.ledger.write(progress.step)
+        return progress
 
     @staticmethod
     def _is_due(every_steps: int | None, progress: Progress) -> bool:

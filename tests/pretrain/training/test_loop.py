@@ -21,9 +21,11 @@ from pretrain.models.build import ModelBuilder
 from pretrain.optimization.schedules import build_schedule
 from pretrain.reporting.metrics_file import MetricsFile
 from pretrain.reporting.reporter import Reporter
+from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
 from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
+from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
 from pretrain.training.stopping import StopRequest
 from tests.pretrain.engines.cases import Case, poison_next_forward, step_batches
@@ -46,6 +48,7 @@ def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[Trai
     engine = ScriptedEngine(config, builder, torch.device("cpu"))
     engine.validation_losses = iter(losses)
     plan = build_batch_plan(config.batch, config.schedule, 1)
+    phases = Phases()
     loop = TrainingLoop(
         config=config,
         plan=plan,
@@ -58,6 +61,8 @@ def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[Trai
         meter=StepMeter(device=torch.device("cpu")),
         guard=Guard(config.guard),
         stop=StopRequest(lambda claim: claim),
+        phases=phases,
+        ledger=GoodputLedger(folder / "goodput.jsonl", phases),
     )
     return loop, engine
 
