@@ -195,11 +195,16 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 def any_rank(claim: bool) -> bool:
     """True on all ranks where it is true on at least one. Collective; hosts wait for each other, not for a GPU."""
+    return bool(largest(int(claim)))
+
+
+def largest(number: int) -> int:
+    """The largest of all ranks' numbers. Collective; hosts wait for each other, not for a GPU."""
     if not is_distributed():
-        return claim
-    flag = torch.tensor(int(claim))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value.item())
 
 
 def broadcast_json(value: Any) -> Any:

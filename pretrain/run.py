@@ -51,6 +51,7 @@ from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
 from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
+from pretrain.training.saving import Saves
 from pretrain.training.stopping import StopRequest, Wish, refuse_stop_file, stop_file_wish, time_limit_wish
 from pretrain.training.time_limit import find_time_limits
 
@@ -146,6 +147,8 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         config.folder / "checkpoints",
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        asynchronous=config.checkpoint.asynchronous,
     )
     checkpoint = choose_checkpoint(store, resume)
     rows = _training_rows(config, plan, data, checkpoint)
@@ -190,6 +193,7 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
     with ExitStack() as closing:
         reporter = _build_reporter(config, place, progress, checkpoint)
         closing.callback(lambda: reporter.close(outcome=outcome))
+        closing.callback(parts.store.close)
         data_rank = plan.topology.coordinate(place.rank).data
         loader = TrainingLoader(
             parts.rows,
@@ -206,8 +210,12 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
             schedule=build_schedule(config.schedule, plan.batch),
             validation=_validation_sets(config, plan, parts.data, data_rank),
             reporter=reporter,
-            store=parts.store,
-            metadata=partial(_metadata, parts, reporter),
+            saves=Saves(
+                store=parts.store,
+                engine=parts.engine,
+                reporter=reporter,
+                metadata=partial(_metadata, parts, reporter),
+            ),
             meter=_build_meter(plan, place.device, progress),
             guard=Guard(config.guard),
             stop=parts.stop,

@@ -8,10 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pretrain.batch_plan import BatchPlan
-from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.engines.base import Engine, StepResult
 from pretrain.errors import Preempted
@@ -22,6 +20,7 @@ from pretrain.training.guard import Guard
 from pretrain.training.metrics import StepMeter, perplexity
 from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
+from pretrain.training.saving import Saves
 from pretrain.training.stopping import StopRequest, should_stop_early
 
 
@@ -35,8 +34,7 @@ class TrainingLoop:
     schedule: Callable[[int], float]  # step -> learning-rate multiplier
     validation: Mapping[str, Callable[[], Iterator[Batch]]]  # name -> this rank's micro-batches of the set
     reporter: Reporter
-    store: CheckpointStore
-    metadata: Callable[[Progress], dict[str, Any]]  # what a checkpoint's manifest holds besides
+    saves: Saves
     meter: StepMeter
     guard: Guard
     stop: StopRequest
@@ -54,12 +52,15 @@ class TrainingLoop:
         Raises:
             Preempted: after an orderly save, where the run was asked to stop before its last step.
             DivergedError: where too many steps had no finite gradient.
+            StorageError: where the last save of the run failed.
         """
         first_step = progress.step + 1
         while not self._is_finished(progress):
             step = progress.step + 1
             self.phases.enter("first step" if step == first_step else "step", step)
             progress = self._step(progress, steps)
+            with self.meter.paused():
+                self.saves.tell(progress)
             if self._is_due(self.config.evaluation.every_steps, progress) or self._is_finished(progress):
                 progress = self._evaluate(progress)
             self.phases.doing("agreeing")
@@ -69,7 +70,9 @@ class TrainingLoop:
             if is_stopping or is_best or is_due or self._is_finished(progress):
                 progress = self._save(progress, is_best=is_best)
             if is_stopping and not self._is_finished(progress):
+                self._finish_saves(progress)
                 raise Preempted(f"asked to stop ({self.stop.reason or 'on another rank'}) at step {progress.step}")
+        self._finish_saves(progress)
         return progress
 
     def _is_finished(self, progress: Progress) -> bool:
@@ -134,16 +137,13 @@ class TrainingLoop:
     def _save(self, progress: Progress, *, is_best: bool) -> Progress:
         with self.phases.inside("save"), self.meter.paused():
             progress = progress.after_skipped(self.guard.read_skipped())
-            self.store.save(
-                progress.step,
-                self.engine.fragments(),
-                scalars=self.engine.scalar_state(),
-                progress=progress.to_json(),
-                metadata=self.metadata(progress),
-                is_best=is_best,
-            )
+            self.saves.begin(progress, is_best=is_best)
         self.ledger.write(progress.step)
         return progress
+
+    def _finish_saves(self, progress: Progress) -> None:
+        with self.phases.inside("save"), self.meter.paused():
+            self.saves.finish(progress)
 
     @staticmethod
     def _is_due(every_steps: int | None, progress: Progress) -> bool:
