@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pretrain.errors import ExitCode
+
 MOST_ERROR_LINES = 8
+OWN_CODES = frozenset(ExitCode) - {ExitCode.DONE, ExitCode.UNEXPECTED}  # said on purpose: they need no guess
 _TRACEBACK = "Traceback (most recent call last):"
 _OUR_ERROR = re.compile(r"^(?:\[?rank\d+\]?:?\s*)?error(?: on rank \d+)?: ", re.MULTILINE)
 _EXCEPTION = re.compile(
@@ -54,25 +57,38 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         name="the configuration is wrong",
         pattern="",
-        codes=(64,),
+        codes=(ExitCode.BAD_CONFIGURATION,),
         advice="change what the error names; `pretrain check` finds the same without starting a job",
     ),
     Cause(
         name="a dataset is missing or damaged",
         pattern="",
-        codes=(65,),
+        codes=(ExitCode.BAD_DATA,),
         advice="`data-tools verify` names the shard, and --repair rebuilds it",
     ),
     Cause(
         name="training diverged",
         pattern="",
-        codes=(70,),
+        codes=(ExitCode.DIVERGED,),
         advice="look at the last lines of metrics.jsonl; start from an earlier checkpoint with a lower learning rate",
+    ),
+    Cause(
+        name="a rank's weights were damaged in silence",
+        pattern="",
+        codes=(ExitCode.SILENT_FAULT,),
+        advice="run `pretrain doctor` on the node of the rank that the error names, and leave it out until it is mended; "
+        "go on from the checkpoint before",
+    ),
+    Cause(
+        name="a rank hung",
+        pattern="",
+        codes=(ExitCode.HANG,),
+        advice="the run's logs/ hold every rank's stack: the rank that is not in a collective is the one; start again",
     ),
     Cause(
         name="a checkpoint cannot be written or read",
         pattern="",
-        codes=(74,),
+        codes=(ExitCode.STORAGE,),
         advice="`pretrain checkpoint verify RUN` names the file; check the file system's space and permissions",
     ),
     Cause(
@@ -147,7 +163,7 @@ def likely_cause(error: str, *, code: int, signal_name: str | None) -> Cause | N
     """The first known cause that fits; None where none does."""
     by_text = (cause for cause in CAUSES if cause.pattern and re.search(cause.pattern, error))
     by_number = (cause for cause in CAUSES if signal_name in cause.signals or (not signal_name and code in cause.codes))
-    return next(by_number, None) if code in (64, 65, 70, 74) else next(by_text, None) or next(by_number, None)
+    return next(by_number, None) if code in OWN_CODES else next(by_text, None) or next(by_number, None)
 
 
 def _short(text: str) -> str:

@@ -16,10 +16,7 @@ from launch.rank import RESTART
 from launch.rank_status import forget
 from launch.rendering import RenderedFile, Rendering
 from launch.supervision import Supervision
-from pretrain.errors import LaunchError, Problem
-
-# A new start would end as this one did (bad configuration, bad data, diverged), or nobody wants one (0, stopped).
-NOT_MENDED_BY_RESTART = (0, 64, 65, 70, 75)
+from pretrain.errors import ENDINGS, ExitCode, LaunchError, Problem
 
 
 def execute(job: Job, rendering: Rendering) -> int:
@@ -85,8 +82,13 @@ def _supervise(job: Job, rendering: Rendering) -> int:
             print(f"\n{outcome.paragraph}", file=sys.stderr, flush=True)
         restarts_are_ours = "--max-restarts" not in command.words
         is_last = restart == job.restarts or supervision.stopped_for is not None or not restarts_are_ours
-        if outcome.code in NOT_MENDED_BY_RESTART or is_last:
+        if is_last or not start_helps(outcome.code):
             return outcome.code
         print(f"Starting again: {restart + 1} of {job.restarts}.", file=sys.stderr, flush=True)
         forget(rendering.status)
     raise AssertionError("the last start returns")
+
+
+def start_helps(code: int) -> bool:
+    """Whether the same job, started again, may end better; deaths by a signal have no entry of their own."""
+    return code not in iter(ExitCode) or ENDINGS[ExitCode(code)].restart_helps

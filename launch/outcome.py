@@ -13,9 +13,9 @@ from pathlib import Path
 
 from launch.causes import likely_cause
 from launch.rank_status import RankStatus, read_statuses
+from pretrain.errors import ExitCode
 
-PREEMPTED = 75
-WIDTH = 110
+PREEMPTED = ExitCode.PREEMPTED
 
 
 @dataclass(frozen=True, kw_only=True)

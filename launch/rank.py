@@ -23,6 +23,7 @@ from launch.processes import ancestor_called, die_with_parent, identity
 from launch.rank_status import STOP, RankStatus, failure_mark
 from launch.secrets_file import read_secrets
 from pretrain.doctor.secrets import secret_values, without_secrets
+from pretrain.errors import ExitCode
 
 LAUNCHER = "ATHANOR_LAUNCHER"  # the process whose end ends all ranks of this machine
 RESTART = "ATHANOR_RESTART"  # how often the launcher has started the job again
@@ -31,7 +32,7 @@ SECONDS_AFTER_A_PEER = 5.0  # in which a rank may notice by itself that another 
 FAILURE_GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL then: nothing can be saved without that peer
 LONGEST_LINE = 65536  # bytes
 KEPT_BYTES = 20000  # of the log's end, to look for the error in
-ORDERED_ENDS = (0, 75)
+ORDERED_ENDS = (ExitCode.DONE, ExitCode.PREEMPTED)
 
 
 def main() -> int:

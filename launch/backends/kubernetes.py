@@ -11,10 +11,10 @@ from launch.backends.containers import IMAGE_FOLDER, agent_words, container_vari
 from launch.backends.place import Place
 from launch.job import Job
 from launch.rendering import Command, RenderedFile, Rendering, yaml_for_others
+from pretrain.errors import ENDINGS
 
 CONTAINER = "node"
-# Bad configuration or usage, bad data, diverged: the next start would end the same way (pretrain/errors.py).
-POINTLESS_TO_RESTART = [64, 65, 70]
+POINTLESS_TO_RESTART = [int(code) for code, ending in ENDINGS.items() if code and not ending.restart_helps]
 TRAINER_LABEL = "trainer.kubeflow.org/trainjob-ancestor-step"
 
 

@@ -12,6 +12,7 @@ from launch.backends.containers import agent_words, container_variables
 from launch.backends.place import Place, agreed_port
 from launch.job import Job
 from launch.rendering import Command, RenderedFile, Rendering, yaml_for_others
+from pretrain.errors import ExitCode
 
 
 def render_skypilot(job: Job, place: Place) -> Rendering:
@@ -24,8 +25,11 @@ def render_skypilot(job: Job, place: Place) -> Rendering:
     if job.image:
         resources["image_id"] = f"docker:{job.image}"
     resources |= {key: value for key in ("cloud", "region") if (value := getattr(options, key))}
-    # 75: saved and stopped; SkyPilot starts the job again elsewhere
-    resources["job_recovery"] = {"max_restarts_on_errors": job.restarts, "recover_on_exit_codes": [75]}
+    # saved and stopped: SkyPilot starts the job again elsewhere
+    resources["job_recovery"] = {
+        "max_restarts_on_errors": job.restarts,
+        "recover_on_exit_codes": [int(ExitCode.PREEMPTED)],
+    }
     run = [
         'ATHANOR_ADDRESS=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)',
         "export ATHANOR_ADDRESS",

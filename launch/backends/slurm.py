@@ -13,9 +13,7 @@ from launch.job import Job
 from launch.rendering import Command, RenderedFile, Rendering
 from launch.travelling import problems_of_sending
 from pretrain.doctor.hosts import host_name_problem
-from pretrain.errors import ConfigError
-
-PREEMPTED = 75  # pretrain.errors.Preempted.exit_code
+from pretrain.errors import ConfigError, ExitCode
 
 
 def render_slurm(job: Job, place: Place) -> Rendering:
@@ -64,7 +62,7 @@ def _script(job: Job, place: Place) -> Iterator[str]:
     yield "code=$?"
     yield f'{shlex.quote(place.python(job))} -m launch.outcome "$status" --launcher-code "$code"'
     yield "code=$?"
-    yield f'if [ "$code" -eq {PREEMPTED} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.slurm.most_requeues} ]; then'
+    yield f'if [ "$code" -eq {ExitCode.PREEMPTED:d} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.slurm.most_requeues} ]; then'
     yield '    echo "saved and stopped: back into the queue"'
     yield '    scontrol requeue "$SLURM_JOB_ID"'
     yield "    sleep 60 # Slurm ends this script"
