@@ -76,8 +76,8 @@ CAUSES: tuple[Cause, ...] = (
         name="a rank's weights were damaged in silence",
         pattern="",
         codes=(ExitCode.SILENT_FAULT,),
-        advice="run `pretrain doctor` on the node of the rank that the error names, and leave it out until it is mended; "
-        "go on from the checkpoint before",
+        advice="run `pretrain doctor` on the node of the rank that the error names, and leave it out until it is "
+        "mended; go on from the checkpoint before",
     ),
     Cause(
         name="a rank hung",

@@ -16,7 +16,7 @@ from launch.rank import RESTART
 from launch.rank_status import forget
 from launch.rendering import RenderedFile, Rendering
 from launch.supervision import Supervision
-from pretrain.errors import ENDINGS, ExitCode, LaunchError, Problem
+from pretrain.errors import ENDINGS, LaunchError, Problem
 
 
 def execute(job: Job, rendering: Rendering) -> int:
@@ -91,4 +91,4 @@ def _supervise(job: Job, rendering: Rendering) -> int:
 
 def start_helps(code: int) -> bool:
     """Whether the same job, started again, may end better; deaths by a signal have no entry of their own."""
-    return code not in iter(ExitCode) or ENDINGS[ExitCode(code)].restart_helps
+    return next((ending.restart_helps for known, ending in ENDINGS.items() if known == code), True)

@@ -62,7 +62,8 @@ def _script(job: Job, place: Place) -> Iterator[str]:
     yield "code=$?"
     yield f'{shlex.quote(place.python(job))} -m launch.outcome "$status" --launcher-code "$code"'
     yield "code=$?"
-    yield f'if [ "$code" -eq {ExitCode.PREEMPTED:d} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.slurm.most_requeues} ]; then'
+    yield f"again={job.slurm.most_requeues}"
+    yield f'if [ "$code" -eq {ExitCode.PREEMPTED:d} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt "$again" ]; then'
     yield '    echo "saved and stopped: back into the queue"'
     yield '    scontrol requeue "$SLURM_JOB_ID"'
     yield "    sleep 60 # Slurm ends this script"
