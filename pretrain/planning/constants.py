@@ -18,6 +18,7 @@ class Software:
     gradient_bytes: int  # of a gradient on the wire
     exposed_share: float  # of the data-parallel collectives' seconds, where computation could hide them
     fused_attention: bool  # no T x T matrix in memory
+    bucket_bytes: int | None = None  # of one in the buckets of ZeRO 2 and 3, where they differ
     regathers: bool = True  # ZeRO 2 gathers weights every micro-batch (FSDP); else once a step (DeepSpeed)
     optimizer_bytes: float = 60.0  # that an update moves for each parameter of a rank
 
@@ -60,6 +61,7 @@ SOFTWARE: Mapping[str, Software] = {
         gradient_bytes=4,
         exposed_share=0.347,
         fused_attention=True,
+        bucket_bytes=2,
         regathers=False,
     ),
 }

@@ -30,6 +30,7 @@ class Device:
     node_devices: int  # of one host
     node_bandwidth: float  # bytes/s that a ring of collectives gets within a host
     network_bandwidth: float  # bytes/s that a ring gets across hosts: all network cards of a host together
+    host_bytes: float  # of a host's memory that offloaded state may take
     hourly_price: float  # US dollars, an assumption: --price replaces it
     matmul_efficiency: float  # share of the peak that large bf16 matmuls reach
     attention_efficiency: float  # share of the peak that fused attention's forward reaches
@@ -37,7 +38,8 @@ class Device:
 
 # Peaks are flops.py's. Memory: NVIDIA's data sheets (A100 40 and 80 GB SXM, H100 SXM, H200). Links: NVLink 3 and 4 as
 # rings of NCCL reach them (about 235 and 370 GB/s); eight network cards a host of 200 and 400 Gbit/s. Usable memory as
-# nvidia-smi reports it less the context. Prices: round figures of 2025 for reserved clouds.
+# nvidia-smi reports it less the context; hosts of DGX A100 (1 and 2 TB) and DGX H100 (2 TB). Prices: round figures of
+# 2025 for reserved clouds.
 DEVICES: Mapping[str, Device] = {
     "a100-40": Device(
         name="a100-40",
@@ -47,6 +49,7 @@ DEVICES: Mapping[str, Device] = {
         node_devices=8,
         node_bandwidth=235 * GIGA,
         network_bandwidth=200 * GIGA,
+        host_bytes=1000 * GIB,
         hourly_price=1.3,
         matmul_efficiency=0.852,
         attention_efficiency=0.377,
@@ -59,6 +62,7 @@ DEVICES: Mapping[str, Device] = {
         node_devices=8,
         node_bandwidth=235 * GIGA,
         network_bandwidth=200 * GIGA,
+        host_bytes=1800 * GIB,
         hourly_price=1.8,
         matmul_efficiency=0.806,
         attention_efficiency=0.365,
@@ -71,6 +75,7 @@ DEVICES: Mapping[str, Device] = {
         node_devices=8,
         node_bandwidth=370 * GIGA,
         network_bandwidth=360 * GIGA,
+        host_bytes=1800 * GIB,
         hourly_price=2.6,
         matmul_efficiency=0.657,
         attention_efficiency=0.201,
@@ -83,6 +88,7 @@ DEVICES: Mapping[str, Device] = {
         node_devices=8,
         node_bandwidth=370 * GIGA,
         network_bandwidth=360 * GIGA,
+        host_bytes=1800 * GIB,
         hourly_price=3.4,
         matmul_efficiency=0.657,  # an H100's: no row of an H200 was published
         attention_efficiency=0.201,
@@ -95,6 +101,7 @@ DEVICES: Mapping[str, Device] = {
         node_devices=2,
         node_bandwidth=2 * GIGA,
         network_bandwidth=1 * GIGA,
+        host_bytes=0.0,
         hourly_price=0.05,
         matmul_efficiency=0.5,
         attention_efficiency=0.1,

@@ -11,6 +11,8 @@ from pretrain.planning.constants import Constants
 from pretrain.planning.devices import Device
 from pretrain.planning.workload import Workload
 
+HOST_BANDWIDTH = 20e9  # bytes/s from a host's memory to each of its devices (PCIe 4, sixteen lanes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Link:

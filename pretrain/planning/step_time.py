@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pretrain.models.pipeline_stages import partition_layers
 from pretrain.planning.constants import Constants, Software
 from pretrain.planning.devices import Device
-from pretrain.planning.links import Link, data_link, pipeline_link, tensor_link
+from pretrain.planning.links import HOST_BANDWIDTH, Link, data_link, pipeline_link, tensor_link
 from pretrain.planning.workload import LOW, Workload
 
 
@@ -201,8 +201,10 @@ def _sharding_seconds(
     link = data_link(work, device, constants)
     held = work.count.total / (work.tensor * work.pipeline)
     gathers, reductions = _collectives(work, software)
-    gradient = software.gradient_bytes
+    gradient = (work.zero_stage >= 2 and software.bucket_bytes) or software.gradient_bytes
     seconds = gathers * link.gather(held * LOW) + reductions * link.gather(held * gradient)
+    if work.offloads_parameters:
+        seconds += gathers * held * LOW / ranks / HOST_BANDWIDTH
     hidden = min(seconds * (1 - software.exposed_share), computation)
     calls = (gathers + reductions) * work.shape.layers / work.pipeline
     return seconds - hidden, calls * link.latency()

@@ -33,7 +33,7 @@ def time_of(**changes: object) -> StepTime:
     return predict_step(work_of(**changes), A100, SOFTWARE["athanor"], CONSTANTS)
 
 
-@pytest.mark.parametrize("preset", ["llama-350m", "llama-13b", "llama-70b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("preset", ["llama-7b", "llama-13b", "llama-70b", "qwen3-30b-a3b"])
 def test_matmuls_are_those_of_the_flop_count(preset: str) -> None:
     work = work_of(shape=shape_of(preset))
     head = 2 * work.shape.vocabulary_size * work.shape.hidden_size
@@ -74,7 +74,7 @@ def test_what_costs_more_takes_longer() -> None:
 def test_collectives_beyond_what_computation_hides_are_paid_in_full() -> None:
     slow = replace(A100, node_bandwidth=1e9)
     told = predict_step(work_of(), slow, SOFTWARE["athanor"], CONSTANTS)
-    size = work_of().count.total * (2 * 2 + 4) * 32 * 7 / 8  # two gathers and a reduction, every micro-batch
+    size = work_of().count.total * (2 * 2 + 2) * 32 * 7 / 8  # two gathers and a reduction, every micro-batch
     wire = size / (1e9 / CONSTANTS.sharding_slowdown)
     computation = told.total - told.sharding - told.optimizer - told.waiting
     assert told.sharding == pytest.approx(wire - computation, rel=1e-6)
