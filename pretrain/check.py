@@ -54,8 +54,8 @@ def print_check(path: Path, overrides: Sequence[str], *, world_size: int, ranks_
     if world_size <= LONGEST_GRID * topology.tensor * topology.sequence:
         console.print(topology.grid(ranks_of_node if world_size > ranks_of_node else None), highlight=False)
     across = [
-        f"a {axis} group has ranks on several nodes of {ranks_of_node}: its traffic crosses the network in every layer"
-        for axis in topology.axes_across_nodes(ranks_of_node)
+        f"a {name} group has ranks on several nodes of {ranks_of_node}: its traffic crosses the network in every layer"
+        for name in topology.groups_across_nodes(ranks_of_node)
     ]
     for warning in [*plan.warnings, *(reading.warnings if reading else ()), *across]:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
@@ -145,6 +145,12 @@ def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
         f"{topology.world_size} ranks = pipeline {topology.pipeline} x data {topology.data} "
         f"x sequence {topology.sequence} x tensor {topology.tensor}",
     )
+    if topology.expert > 1:
+        yield (
+            "experts",
+            f"{plan.architecture.experts // topology.expert} of {plan.architecture.experts} a rank: "
+            f"each {topology.expert} data ranks share them, {topology.data // topology.expert} ranks hold the same",
+        )
     yield (
         "step",
         f"{batch.global_batch_size:,} rows = {batch.micro_batch_size} rows a micro-batch x {batch.accumulation} "

@@ -192,9 +192,9 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
         change="set execution.compile=false",
     ),
     ("tensor parallelism", "expert parallelism"): Refusal(
-        reason="experts are shared whole, not cut",
+        reason="the matrices of models with experts are not cut yet",
         allowed="one of the two",
-        change="set parallel.tensor=1, or parallel.expert=1",
+        change="set parallel.tensor=1: parallel.zero_stage=3 shares what is left",
     ),
     ("pipeline parallelism", "engine plain"): _NOT_THE_PIPELINE_ENGINE,
     ("pipeline parallelism", "engine zero"): _NOT_THE_PIPELINE_ENGINE,
@@ -248,11 +248,15 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
         allowed="execution.compile: false",
         change="set execution.compile=false",
     ),
-    ("expert parallelism", "expert parallelism"): Refusal(
-        reason="DeepSpeed's AutoEP fails with transformers 5.23, and gives experts' weights other names and shapes, "
-        "under which checkpoints would not find them",
-        allowed="1",
-        change="set parallel.expert=1; parallel.zero_stage=3 shares the experts' weights and state",
+    ("expert parallelism", "engine plain"): Refusal(
+        reason="the plain engine is one process, and expert ranks are several",
+        allowed="auto or zero",
+        change="set parallel.engine=auto, or parallel.expert=1",
+    ),
+    ("expert parallelism", "compiled layers"): Refusal(
+        reason="how many tokens a rank's experts get is known only when a layer runs",
+        allowed="execution.compile: false",
+        change="set execution.compile=false",
     ),
     ("engine accelerate", "ZeRO stage 0"): _NO_ZERO_STAGE,
     ("engine accelerate", "ZeRO stage 2"): _NO_ZERO_STAGE,

@@ -136,7 +136,7 @@ class ParallelSection(Section):
     tensor: int = Field(default=1, ge=1)  # ranks
     pipeline: int = Field(default=1, ge=1)  # ranks
     sequence: int = Field(default=1, ge=1)  # ranks
-    expert: int = Field(default=1, ge=1)  # ranks
+    expert: int = Field(default=1, ge=1)  # of the data ranks, those that share a model's experts
     pipeline_schedule: Literal["1f1b", "dualpipev"] = "1f1b"  # order of forwards and backwards in a pipeline
     data_parallel: Literal["replicate", "shard"] = "replicate"  # accelerate engine: DDP, or FSDP2
     offload_optimizer: Offload = "none"  # where fp32 weights and moments lie between steps
@@ -185,9 +185,7 @@ class CheckpointSection(Section):
     """When state is saved, and what is kept."""
 
     every_steps: int | None = Field(default=None, gt=0)  # null: only at the end and when told to stop
-    asynchronous: bool = True  # copy the state to the host's memory, and write it behind training
     keep_last: int = Field(default=3, ge=1)
-    keep_every_steps: int | None = Field(default=None, gt=0)  # keep all checkpoints of these steps; null: of none
     keep_best: int = Field(default=1, ge=0)  # by the first validation set's loss
 
 
@@ -218,7 +216,6 @@ class GuardSection(Section):
     on_non_finite: Literal["skip", "stop"] = "skip"
     max_skipped_in_a_row: int = Field(default=10, ge=1)  # then the run ends as diverged
     on_spike: Literal["ignore", "warn"] = "warn"
-    stop_margin_seconds: float = Field(default=60, ge=0)  # kept before a time limit besides the last step and save
 
 
 class RunConfig(Section):

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from pretrain.batch_plan import BatchPlan, build_batch_plan
 from pretrain.compatibility import choose_engine, find_conflicts
-from pretrain.config import RunConfig, load_config
+from pretrain.config import ParallelSection, RunConfig, load_config
 from pretrain.data.mixture_plan import mixture_problems
 from pretrain.engines.deepspeed_config import ownership_problems, read_deepspeed_file
 from pretrain.engines.deepspeed_refusals import refused_keys
 from pretrain.engines.pipeline_settings import pipeline_file_problems
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.architecture import Architecture, UnknownFamily, resolve_architecture
+from pretrain.models.expert_plan import expert_problems
 from pretrain.models.flops import TokenFlops, count_flops
 from pretrain.models.memory import Buffers, Layout, MemoryEstimate, Step, estimate_memory
 from pretrain.models.parameter_count import ParameterCount, count_parameters
@@ -79,12 +80,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     problems = [*find_conflicts(config, world_size), *mixture_problems(config.data)]
     engine, parallel, length = choose_engine(config, world_size), config.parallel, config.batch.sequence_length
     warnings = list(_missing_folders(config))
-    topology = _attempt(
-        problems,
-        lambda: build_topology(
-            world_size, tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence
-        ),
-    )
+    topology = _attempt(problems, lambda: _lay_out(parallel, world_size))
     # without a layout, one data rank still shows faults that no layout mends
     data_parallel_size = topology.data if topology else 1
     batch = _attempt(problems, lambda: build_batch_plan(config.batch, config.schedule, data_parallel_size))
@@ -96,24 +92,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         raise ConfigError(*problems)
     architecture, parameters = model
     warnings += pipeline_warnings(parallel, batch.accumulation)
-    layout = layout_of(config, engine, topology, read_buffers(file, parallel.zero_stage))
-    return RunPlan(
-        engine=engine,
-        topology=topology,
-        batch=batch,
-        architecture=architecture,
-        parameters=parameters,
-        flops=count_flops(architecture, parameters, length),
-        memory=estimate_memory(architecture, parameters, layout, step_of(config)),
-        stages=partition_run(config, architecture),
-        warnings=tuple(warnings),
-    )
-
-
-def layout_of(config: RunConfig, engine: str, topology: Topology, buffers: Buffers) -> Layout:
-    """How a run shares its state, as memory.py wants to know it."""
-    parallel = config.parallel
-    return Layout(
+    layout = Layout(
         engine=engine,
         zero_stage=parallel.zero_stage,
         data=topology.data,
@@ -125,20 +104,37 @@ def layout_of(config: RunConfig, engine: str, topology: Topology, buffers: Buffe
         shards_weights=parallel.data_parallel == "shard",
         offloads_optimizer=parallel.offload_optimizer != "none",
         offloads_parameters=parallel.offload_parameters != "none",
-        buffers=buffers,
+        buffers=read_buffers(file, parallel.zero_stage),
     )
-
-
-def step_of(config: RunConfig) -> Step:
-    """What one forward of a run computes."""
-    return Step(
+    step = Step(
         precision=config.precision,
         micro_batch_size=config.batch.micro_batch_size,
-        sequence_length=config.batch.sequence_length,
+        sequence_length=length,
         recomputes=config.execution.recomputation != "none",
         recompute_every=config.execution.recompute_every,
         keeps_attention=config.execution.recomputation == "selective",
         chunk_tokens=config.loss.chunk_tokens,
+    )
+    return RunPlan(
+        engine=engine,
+        topology=topology,
+        batch=batch,
+        architecture=architecture,
+        parameters=parameters,
+        flops=count_flops(architecture, parameters, length),
+        memory=estimate_memory(architecture, parameters, layout, step),
+        stages=partition_run(config, architecture),
+        warnings=tuple(warnings),
+    )
+
+
+def _lay_out(parallel: ParallelSection, world_size: int) -> Topology:
+    return build_topology(
+        world_size,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        sequence=parallel.sequence,
+        expert=parallel.expert,
     )
 
 
@@ -150,6 +146,7 @@ def _model_problems(
     yield from pipeline_problems(config, engine, shape, fewest)
     if shape is not None:
         yield from tensor_problems(config.parallel.tensor, shape)
+        yield from expert_problems(config.parallel.expert, shape)
 
 
 def read_buffers(file_values: Mapping[str, Any], zero_stage: int) -> Buffers:

@@ -1,11 +1,13 @@
 """World size -> the (pipeline, data, sequence, tensor) coordinate of every rank; pure integers.
 
 Tensor ranks are neighbours, because they speak most; then sequence, then data, and pipeline stages are farthest apart.
+Expert ranks are neighbours among the data ranks: they read rows of their own, and share the experts.
 Knows nothing of process groups, which the engines make from these lists, nor of devices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +36,7 @@ class Topology:
     data: int
     sequence: int
     tensor: int
+    expert: int = 1  # of the data ranks
 
     @property
     def world_size(self) -> int:
@@ -69,8 +72,23 @@ class Topology:
             for offset in range(stride):
                 yield tuple(range(block + offset, block + offset + stride * length, stride))
 
+    def expert_groups(self) -> Iterator[tuple[int, ...]]:
+        """Every set of ranks that together hold all experts once: neighbours along the data axis."""
+        for ranks in self.groups("data"):
+            for start in range(0, len(ranks), self.expert):
+                yield ranks[start : start + self.expert]
+
+    def same_expert_groups(self) -> Iterator[tuple[int, ...]]:
+        """Every set of ranks that hold the same experts."""
+        for ranks in self.groups("data"):
+            for place in range(self.expert):
+                yield ranks[place :: self.expert]
+
     def grid(self, ranks_of_node: int | None = None) -> str:
-        """A picture: one line a pipeline stage and data rank, ranks of one tensor group side by side, node by node."""
+        """A picture: one line a pipeline stage and data rank, ranks of one tensor group side by side, node by node.
+
+        With expert parallelism a line says which group shares the experts, and which part of them the ranks hold.
+        """
         width = len(str(self.world_size - 1))
         lines = []
         for first in range(0, self.world_size, self.sequence * self.tensor):
@@ -80,25 +98,28 @@ class Topology:
                 " ".join(f"{rank:>{width}}" for rank in ranks[start : start + self.tensor])
                 for start in range(0, len(ranks), self.tensor)
             ]
-            line = f"pipeline {place.pipeline}  data {place.data:>{width}} | " + " | ".join(cells)
+            group, part = divmod(place.data, self.expert)
+            experts = f"  expert group {group:>{width}} part {part}" if self.expert > 1 else ""
+            line = f"pipeline {place.pipeline}  data {place.data:>{width}}{experts} | " + " | ".join(cells)
             if ranks_of_node and first % ranks_of_node == 0:
                 lines.append(f"node {first // ranks_of_node}")
             lines.append(f"  {line}" if ranks_of_node else line)
         return "\n".join(lines)
 
-    def axes_across_nodes(self, ranks_of_node: int) -> tuple[Axis, ...]:
-        """Those of the axes that speak most, tensor and sequence, of which a group has ranks on several nodes."""
-        neighbours: tuple[Axis, ...] = ("tensor", "sequence")
+    def groups_across_nodes(self, ranks_of_node: int) -> tuple[str, ...]:
+        """Those of the groups that speak most, tensor, sequence and expert, of which one has ranks on several nodes."""
+        groups = {"tensor": self.groups("tensor"), "sequence": self.groups("sequence"), "expert": self.expert_groups()}
         return tuple(
-            axis
-            for axis in neighbours
-            if self.size(axis) > 1
-            and any(group[0] // ranks_of_node != group[-1] // ranks_of_node for group in self.groups(axis))
+            name
+            for name, members in groups.items()
+            if any(ranks[0] // ranks_of_node != ranks[-1] // ranks_of_node for ranks in members)
         )
 
 
-def build_topology(world_size: int, *, tensor: int = 1, pipeline: int = 1, sequence: int = 1) -> Topology:
-    """Lay out `world_size` ranks; what the given sizes leave over is data parallel.
+def build_topology(
+    world_size: int, *, tensor: int = 1, pipeline: int = 1, sequence: int = 1, expert: int = 1
+) -> Topology:
+    """Lay out `world_size` ranks; what the given sizes leave over is data parallel, of which `expert` share experts.
 
     Raises:
         ConfigError: the sizes do not divide the world.
@@ -113,4 +134,13 @@ def build_topology(world_size: int, *, tensor: int = 1, pipeline: int = 1, seque
                 f"start {above} ranks, or lower parallel.tensor, parallel.pipeline or parallel.sequence",
             )
         )
-    return Topology(pipeline=pipeline, data=world_size // fixed, sequence=sequence, tensor=tensor)
+    data = world_size // fixed
+    if data % expert:
+        raise ConfigError(
+            Problem(
+                f"{data} data ranks cannot be cut into groups of parallel.expert {expert}",
+                f"a multiple of {expert} data ranks",
+                f"start {-(-data // expert) * expert * fixed} ranks, or set parallel.expert={math.gcd(data, expert)}",
+            )
+        )
+    return Topology(pipeline=pipeline, data=data, sequence=sequence, tensor=tensor, expert=expert)

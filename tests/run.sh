@@ -11,8 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=../launch/environment.sh
 source launch/environment.sh
 
-# DeepSpeed's CPU op and torch.compile; nodes over ssh, and a private Slurm, for tests/launch
-SYSTEM_PACKAGES=(g++ openssh-client openssh-server pdsh munge slurm-wlm shellcheck)
+SYSTEM_PACKAGES=(g++) # DeepSpeed's CPU op and torch.compile
 
 wants_system=false
 selection='not slow'

@@ -17,8 +17,7 @@ from pretrain.checkpoint.fragment_file import FileRecord, hash_file
 from pretrain.errors import CheckpointError, Problem
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1 had no table of fragments: the header of every file is read instead
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,6 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)  # of Python and packages
     git: dict[str, str] | None = None  # commit and changed paths of this program's source tree
     files: tuple[FileRecord, ...] = ()
-    index: FileRecord | None = None  # the table of all fragments; see fragment_index.py
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -73,13 +71,12 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values["format_version"]
-        if version not in READABLE_VERSIONS:
-            raise ValueError(f"format version {version}, this program reads {READABLE_VERSIONS}")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
         if values.pop("manifest_xxh3_128", None) != _hash_values(values):
             raise ValueError("the manifest does not match its own hash: it was edited or damaged")
         values["parameters"] = {name: tuple(shape) for name, shape in values["parameters"]}
         values["files"] = tuple(FileRecord(**file) for file in values["files"])
-        values["index"] = FileRecord(**values["index"]) if values.get("index") else None
         return Manifest(**values)
     except FileNotFoundError as error:
         raise _broken(folder, f"{MANIFEST_NAME} is missing") from error
@@ -103,9 +100,9 @@ def find_file_fault(folder: Path, record: FileRecord, *, check_hash: bool = True
     return None
 
 
-def with_files(manifest: Manifest, files: list[FileRecord], index: FileRecord | None = None) -> Manifest:
+def with_files(manifest: Manifest, files: list[FileRecord]) -> Manifest:
     """The same manifest with the files that were written."""
-    return replace(manifest, files=tuple(sorted(files, key=lambda file: file.name)), index=index)
+    return replace(manifest, files=tuple(sorted(files, key=lambda file: file.name)))
 
 
 def _hash_values(values: dict[str, Any]) -> str:

@@ -18,11 +18,10 @@ from torch import nn
 from pretrain import distributed
 from pretrain.checkpoint.fragments import whole_box
 from pretrain.config import Precision
-from pretrain.engines.tensor_parallel import slicing_gather
 from pretrain.errors import LaunchError, Problem
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
-from pretrain.models.sharding import SHARD, Shard, compute_buffers
+from pretrain.models.sharding import SHARD, Shard, compute_buffers, slicing_gather
 from pretrain.models.training_model import TrainingModel, decoder_layers
 
 Sums = tuple[torch.Tensor, torch.Tensor]

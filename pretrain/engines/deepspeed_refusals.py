@@ -107,9 +107,24 @@ REFUSED: tuple[_Refused, ...] = (
     _Refused(key="zero_optimization.zero_quantized_gradients", is_wrong=_is_set, reason=_NO_PARITY, allowed="false"),
     _Refused(
         key="zero_optimization.zero_hpz_partition_size",
-        is_wrong=lambda value, parallel: value != 1 and parallel.tensor * parallel.sequence > 1,
+        is_wrong=lambda value, parallel: value != 1 and parallel.tensor * parallel.sequence * parallel.expert > 1,
         reason="it lays its groups over neighbouring ranks, which here share one model",
-        allowed="1, or parallel.tensor and parallel.sequence of 1",
+        allowed="1, or parallel.tensor, parallel.sequence and parallel.expert of 1",
+    ),
+    *(
+        _Refused(
+            key=f"zero_optimization.{key}",
+            is_wrong=lambda value, parallel: value is False and parallel.expert > 1,
+            reason="only so does DeepSpeed know whose gradients the experts' are",
+            allowed="true",
+        )
+        for key in ("reduce_scatter", "contiguous_gradients")
+    ),
+    _Refused(
+        key="use_data_before_expert_parallelism",
+        is_wrong=_is_set,
+        reason="ranks that share experts are neighbours",
+        allowed="false",
     ),
     _Refused(
         key="bf16.bf16_master_weights_and_grads",

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain.engines.tensor_parallel import TensorRanks, join_gradients, slicing_gather, split_model
+from pretrain.engines.tensor_parallel import TensorRanks, join_gradients, split_model
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.loss import OutputHead
 from pretrain.models.pipeline_layers import PassThrough, StageModules, TensorSplit, build_stage
 from pretrain.models.pipeline_stages import Stage
+from pretrain.models.sharding import slicing_gather
 from pretrain.random_streams import stream_seed
 from pretrain.topology import Topology
 

@@ -5,11 +5,13 @@ Which rank stands where is topology.py's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch.distributed as dist
 
 from pretrain import distributed
 from pretrain.engines.tensor_parallel import TensorRanks
-from pretrain.topology import Axis, Topology
+from pretrain.topology import Topology
 
 
 class RankGroups:
@@ -18,8 +20,8 @@ class RankGroups:
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
         self._place = topology.coordinate(distributed.rank())
-        self._tensor = _own_group(topology, "tensor")
-        self._data = _own_group(topology, "data")
+        self._tensor, _ = own_group(topology.groups("tensor"))
+        self._data, _ = own_group(topology.groups("data"))
 
     @property
     def tensor_ranks(self) -> TensorRanks:
@@ -60,12 +62,12 @@ class RankGroups:
         return self._place.tensor
 
 
-def _own_group(topology: Topology, axis: Axis) -> dist.ProcessGroup:
-    """The group of this rank; every rank makes all of them, in one order."""
-    own: dist.ProcessGroup | None = None
-    for ranks in topology.groups(axis):
+def own_group(groups: Iterable[Sequence[int]]) -> tuple[dist.ProcessGroup, list[int]]:
+    """The group of this rank and its ranks; every rank makes all of them, in one order. Collective."""
+    own: tuple[dist.ProcessGroup, list[int]] | None = None
+    for ranks in groups:
         group = dist.new_group(list(ranks))
         if distributed.rank() in ranks:
-            own = group
+            own = group, list(ranks)
     assert own is not None
     return own

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pretrain import distributed
 from pretrain.config import RunConfig
+from pretrain.engines.rank_groups import own_group
 from pretrain.models.attention import EXCHANGED, FLASH, has_packed_rows
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.training_model import TrainingModel
@@ -87,10 +88,7 @@ class SequenceGroups:
     def __init__(self, topology: Topology) -> None:
         assert topology.tensor == topology.pipeline == 1
         self._size, self._place = topology.sequence, topology.coordinate(distributed.rank()).sequence
-        self._group: dist.ProcessGroup | None = None
-        for ranks in topology.groups("sequence"):
-            group = dist.new_group(list(ranks))
-            self._group = group if distributed.rank() in ranks else self._group
+        self._group, _ = own_group(topology.groups("sequence"))
         self._alone = dist.new_group([distributed.rank()], use_local_synchronization=True)
 
     def initialize_sequence_parallel(self) -> None:

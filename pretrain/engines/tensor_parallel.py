@@ -8,8 +8,6 @@ block does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,9 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.models.initialization import Gather, no_gather
 from pretrain.models.loss import OutputHead, VocabularyShare
-from pretrain.models.sharding import SHARD, Shard, even_share, shard_of
+from pretrain.models.sharding import SHARD, Shard, even_share
 from pretrain.models.tensor_plan import Style, TensorPlan
 from pretrain.models.training_model import TrainingModel
 
@@ -205,24 +202,6 @@ def join_gradients(model: TrainingModel, ranks: TensorRanks) -> None:
         if plan.style(name) == "of cut activations":
             for parameter in module.parameters(recurse=False):
                 parameter.register_hook(join)
-
-
-def slicing_gather(gather: Gather = no_gather) -> Gather:
-    """A Gather in whose block parameters are whole, of which each rank keeps its slice; around another one."""
-
-    @contextmanager
-    def gather_whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        with gather(parameters):
-            held = [(parameter, shard, parameter.data) for parameter in parameters if (shard := shard_of(parameter))]
-            for parameter, shard, data in held:
-                parameter.data = torch.full(shard.shape, torch.nan, dtype=data.dtype, device=data.device)
-            yield
-            for parameter, shard, data in held:
-                if not parameter.data.isnan().all():  # else nobody wrote to it: a parent reads its children's, too
-                    data.copy_(parameter.data[shard.slices])
-                parameter.data = data
-
-    return gather_whole
 
 
 def _sum_input_gradient(block: nn.Module, ranks: TensorRanks) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pretrain import distributed
@@ -19,8 +20,11 @@ from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
+from pretrain.engines.expert_groups import ExpertGroups
+from pretrain.engines.expert_parallel import ExpertRanks
 from pretrain.engines.rank_groups import RankGroups
 from pretrain.engines.sequence_parallel import share_rows
+from pretrain.engines.tensor_parallel import TensorRanks
 from pretrain.engines.zero_model import build_zero_model
 from pretrain.engines.zero_state import ReplicatedState, ZeroState, zero_state
 from pretrain.errors import ConfigError, Problem
@@ -50,10 +54,8 @@ class ZeroEngine:
         file_values: Mapping[str, Any],
     ) -> None:
         deepspeed = import_deepspeed()
-        if config.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
-            raise ConfigError(
-                Problem("precision is fp16, which this device cannot compute with", "bf16, fp32", "set precision=bf16")
-            )
+        if config.precision == "fp16":
+            _require_fp16(deepspeed)
         self._config = config
         self._device = device
         self._ranks = topology.data
@@ -70,8 +72,9 @@ class ZeroEngine:
                 dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
             )
         self._groups = RankGroups(topology) if topology.tensor > 1 else None
+        self._experts = ExpertGroups(topology) if topology.expert > 1 else None
         self._sequence = share_rows(config, topology)  # sequence parallelism, where the run has it
-        self._model = build_zero_model(deepspeed, builder, settings, device, self._groups)
+        self._model = build_zero_model(deepspeed, builder, settings, device, self._groups, self._experts)
         if self._sequence:
             self._sequence.take_over(self._model)
         parameters = {
@@ -81,6 +84,8 @@ class ZeroEngine:
         }
         self._shapes = {name: logical_shape(weight) for name, weight in parameters.items()}
         optimizer = build_optimizer(parameters.items(), config.optimizer)
+        if self._experts:
+            self._experts.separate(optimizer)
         # DeepSpeed collects garbage six times while it starts: what lives now lives to the end, so leave it out
         gc.freeze()
         with quiet():
@@ -95,9 +100,15 @@ class ZeroEngine:
         self._averaged = self._ranks * (config.parallel.sequence if self._stage in (0, 3) else 1)
         self._parameters = parameters
         self._state = zero_state(self._stage, self._engine, parameters)
-        self._clipper = _Clipper(self._state, parameters, self._groups, config.optimizer.clip_norm)
+        self._clipper = _Clipper(self._state, parameters, self._slice_holders(), config.optimizer.clip_norm)
         if self._stage == 0:
             optimizer.register_step_pre_hook(self._clipper)
+
+    def _slice_holders(self) -> TensorRanks | ExpertRanks | None:
+        """The ranks that hold other slices of what this one has slices of."""
+        if self._groups:
+            return self._groups.tensor_ranks
+        return self._experts.ranks if self._experts else None
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
@@ -205,9 +216,17 @@ class ZeroEngine:
         self._engine.destroy()
         if self._sequence:
             self._sequence.close()
-        if self._groups:
-            self._groups.close()
+        for groups in (self._groups, self._experts):
+            if groups:
+                groups.close()
         gc.unfreeze()
+
+
+def _require_fp16(deepspeed: Any) -> None:
+    if not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            Problem("precision is fp16, which this device cannot compute with", "bf16, fp32", "set precision=bf16")
+        )
 
 
 class _Clipper:
@@ -217,26 +236,28 @@ class _Clipper:
         self,
         state: ZeroState,
         parameters: Mapping[str, nn.Parameter],
-        groups: RankGroups | None,
+        ranks: TensorRanks | ExpertRanks | None,  # that hold slices, where there are such
         clip_norm: float | None,
     ) -> None:
         self.norm = torch.zeros(())  # of the last update
-        self._groups, self._clip_norm = groups, clip_norm
+        self._ranks, self._clip_norm = ranks, clip_norm
         self._counted: list[torch.Tensor] = []
         if isinstance(state, ReplicatedState):
-            is_first = groups is None or groups.get_model_parallel_rank() == 0
+            is_first = ranks is None or ranks.place == 0
             self._counted = [
                 master
                 for name, master in state.masters.items()
-                if is_first or shard_of(parameters[name]) is not None  # whole ones are equal on all tensor ranks
+                if is_first or shard_of(parameters[name]) is not None  # whole ones are equal on all ranks
             ]
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The optimizer's hook before a step."""
         self.norm = torch.nn.utils.get_total_norm([weight.grad for weight in self._counted if weight.grad is not None])
-        if self._groups is not None:
-            self.norm = self._groups.tensor_ranks.sum(self.norm.float().square()).sqrt()
+        if self._ranks is not None:
+            self.norm = self.norm.float().square()
+            dist.all_reduce(self.norm, group=self._ranks.group)
+            self.norm = self.norm.sqrt()
         # the kernel divides by the one, and leaves all as it was where the other is not zero
         scale = torch.clamp((self.norm + 1e-6) / self._clip_norm, min=1.0) if self._clip_norm else torch.ones(())
         scale, found = scale.float().to(self.norm.device), (~self.norm.isfinite()).float()

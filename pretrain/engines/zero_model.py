@@ -1,4 +1,4 @@
-"""The model of one rank under ZeRO: whole or cut over tensor ranks, with its starting weights.
+"""The model of one rank under ZeRO: whole, or cut over tensor or expert ranks, with its starting weights.
 
 No rank ever holds more than one whole module of a cut model, nor at stage 3 of any. Steps are zero.py's.
 """
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pretrain.engines.expert_groups import ExpertGroups
 from pretrain.engines.rank_groups import RankGroups
-from pretrain.engines.tensor_parallel import join_gradients, slicing_gather, split_model
+from pretrain.engines.tensor_parallel import join_gradients, split_model
 from pretrain.models.build import ModelBuilder
 from pretrain.models.initialization import Gather, no_gather
-from pretrain.models.sharding import compute_buffers, materialize
+from pretrain.models.sharding import compute_buffers, materialize, slicing_gather
 from pretrain.models.training_model import TrainingModel
 
 
@@ -25,8 +26,9 @@ def build_zero_model(
     settings: Mapping[str, Any],
     device: torch.device,
     groups: RankGroups | None,
+    experts: ExpertGroups | None,
 ) -> TrainingModel:
-    """Make it on all ranks; `groups` where it is cut. Collective."""
+    """Make it on all ranks; `groups` where matrices are cut, `experts` where those are. Collective."""
     is_sharded = settings["zero_optimization"]["stage"] == 3
     gather: Gather = no_gather
     if is_sharded:
@@ -34,28 +36,30 @@ def build_zero_model(
         def gather(weights: Any) -> Any:
             return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
 
-    if groups is None:
+    if groups is None and experts is None:
         if not is_sharded:
             return builder.build(device)
         with deepspeed.zero.Init(config_dict_or_path=dict(settings)):
             model = builder.construct()
         builder.fill(model, gather=gather)
         return model
-    ranks = groups.tensor_ranks
     with torch.device("meta"):
         model = builder.construct()
-    split_model(model, ranks)
+    if experts:
+        experts.cut(model)
+    if groups:
+        split_model(model, groups.tensor_ranks)
     if is_sharded:
-        with deepspeed.zero.Init(
-            data_parallel_group=groups.get_data_parallel_group(), config_dict_or_path=dict(settings), mpu=groups
-        ):
+        data = groups.get_data_parallel_group() if groups else None  # all ranks
+        with deepspeed.zero.Init(data_parallel_group=data, config_dict_or_path=dict(settings), mpu=groups):
             for parameter in materialize(model, device):
                 _Holder(parameter)
     else:
         for _ in materialize(model, device):
             pass
     compute_buffers(model)
-    join_gradients(model, ranks)
+    if groups:
+        join_gradients(model, groups.tensor_ranks)
     builder.fill(model, gather=slicing_gather(gather))
     return model
 

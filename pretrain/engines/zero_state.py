@@ -39,7 +39,7 @@ class LocalRun:
     def fragment(self, kind: str) -> Fragment:
         """The elements of one kind as a checkpoint takes them."""
         assert self.count <= math.prod(self.shape)
-        values = self.tensors[kind].detach().float()
+        values = self.tensors[kind].detach().to("cpu", torch.float32)
         return Fragment(name=self.name, kind=kind, shape=self.shape, box=self.box, start=self.start, values=values)
 
 
@@ -103,8 +103,10 @@ class ReplicatedState(ZeroState):
 
     def runs(self) -> Iterator[LocalRun]:
         """See ZeroState."""
-        rank, ranks = dist.get_rank(self._engine.data_parallel_group), self._engine.dp_world_size
         for name, master in self.masters.items():
+            # experts are held by fewer ranks; see expert_groups.py
+            group = getattr(self._parameters[name], "ds_zero_partition_process_group", self._engine.data_parallel_group)
+            rank, ranks = dist.get_rank(group), dist.get_world_size(group)
             share = math.ceil(master.numel() / ranks)
             start = min(rank * share, master.numel())
             yield self._run(name, start, min(share, master.numel() - start))

@@ -5,12 +5,15 @@ Which parameters are cut, and who holds the other slices, is the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from pretrain.models.initialization import Gather, no_gather
 
 SHARD = "athanor_shard"  # attribute of a Parameter
 
@@ -79,3 +82,21 @@ def compute_buffers(model: nn.Module) -> None:
     for module in network.modules():
         if list(module.buffers(recurse=False)) and not list(module.parameters(recurse=False)):
             network._init_weights(module)
+
+
+def slicing_gather(gather: Gather = no_gather) -> Gather:
+    """A Gather in whose block parameters are whole, of which each rank keeps its slice; around another one."""
+
+    @contextmanager
+    def gather_whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        with gather(parameters):
+            held = [(parameter, shard, parameter.data) for parameter in parameters if (shard := shard_of(parameter))]
+            for parameter, shard, data in held:
+                parameter.data = torch.full(shard.shape, torch.nan, dtype=data.dtype, device=data.device)
+            yield
+            for parameter, shard, data in held:
+                if not parameter.data.isnan().all():  # else nobody wrote to it: a parent reads its children's, too
+                    data.copy_(parameter.data[shard.slices])
+                parameter.data = data
+
+    return gather_whole

@@ -27,8 +27,8 @@ STYLES: Mapping[str, Style] = {
 TENSOR_TYPES = frozenset({"llama", "mistral", "olmo2", "qwen2", "qwen3"})
 REASONS: Mapping[str, str] = {
     "gpt2": "its linears keep the transposed weight, and query, key and value are one matrix",
-    "mixtral": "its experts are shared by parallel.expert, not cut",
-    "qwen3_moe": "its experts are shared by parallel.expert, not cut",
+    "mixtral": "parallel.expert shares its experts, and ZeRO the rest",
+    "qwen3_moe": "parallel.expert shares its experts, and ZeRO the rest",
 }
 OTHER_LAYOUT = "set parallel.tensor=1; parallel.zero_stage=3 shares a large model"
 

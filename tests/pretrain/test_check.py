@@ -70,7 +70,7 @@ def test_json_holds_the_same_numbers() -> None:
     values: dict[str, Any] = json.loads(done.stdout)
     assert values["parameters"]["total"] == 6_738_415_616
     assert values["batch"]["tokens_per_step"] == 1024 * 4096
-    assert values["layout"] == {"pipeline": 1, "data": 32, "sequence": 1, "tensor": 1, "world_size": 32}
+    assert values["layout"] == {"pipeline": 1, "data": 32, "sequence": 1, "tensor": 1, "expert": 1, "world_size": 32}
     memory = values["memory_per_rank_bytes"]
     assert memory.pop("total") == sum(memory.values())
     flops = values["flops_per_token"]
@@ -93,7 +93,7 @@ batch: {sequence_length: 512, micro_batch_size: 4, global_batch_size: 33}
 optimizer: {learning_rate: 1e-3}
 schedule: {total_steps: 10}
 precision: fp16
-parallel: {zero_stage: 0, expert: 2, deepspeed_config: absent.json}
+parallel: {zero_stage: 0, sequence: 2, deepspeed_config: absent.json}
 """,
         encoding="utf-8",
     )
@@ -101,7 +101,7 @@ parallel: {zero_stage: 0, expert: 2, deepspeed_config: absent.json}
     assert done.returncode == 64
     found = [problem["found"] for problem in json.loads(done.stdout)["problems"]]
     assert len(found) == 5
-    for words in ("hiden_size", "33 rows", "fp16 with ZeRO stage 0", "expert parallelism", "absent.json"):
+    for words in ("hiden_size", "33 rows", "fp16 with ZeRO stage 0", "sequence parallelism", "absent.json"):
         assert any(words in text for text in found), words
     assert "1. " in done.stderr
     assert "5. " in done.stderr

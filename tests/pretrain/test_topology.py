@@ -62,14 +62,34 @@ def test_the_grid_shows_where_nodes_begin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "sequence", "ranks_of_node", "expected"),
-    [(8, 1, 8, ()), (8, 1, 4, ("tensor",)), (4, 2, 8, ()), (4, 4, 8, ("sequence",)), (3, 1, 8, ("tensor",))],
+    ("sizes", "ranks_of_node", "expected"),
+    [
+        ({"tensor": 8}, 8, ()),
+        ({"tensor": 8}, 4, ("tensor",)),
+        ({"tensor": 4, "sequence": 2}, 8, ()),
+        ({"tensor": 4, "sequence": 4}, 8, ("sequence",)),
+        ({"tensor": 3}, 8, ("tensor",)),
+        ({"expert": 8}, 8, ()),
+        ({"expert": 16}, 8, ("expert",)),
+    ],
 )
 def test_groups_that_leave_a_node_are_found(
-    tensor: int, sequence: int, ranks_of_node: int, expected: tuple[str, ...]
+    sizes: dict[str, int], ranks_of_node: int, expected: tuple[str, ...]
 ) -> None:
-    grid = build_topology(48, tensor=tensor, sequence=sequence)
-    assert grid.axes_across_nodes(ranks_of_node) == expected
+    assert build_topology(48, **sizes).groups_across_nodes(ranks_of_node) == expected
+
+
+def test_neighbouring_data_ranks_share_experts() -> None:
+    grid = build_topology(8, expert=2)
+    assert grid.data == 8  # they read rows of their own
+    assert list(grid.expert_groups()) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert list(grid.same_expert_groups()) == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert "data 5  expert group 2 part 1 | 5" in grid.grid().splitlines()[5]
+
+
+def test_data_ranks_that_cannot_be_grouped_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"6 data ranks(.|\n)*start 8 ranks, or set parallel.expert=2"):
+        build_topology(6, expert=4)
 
 
 @pytest.mark.parametrize("world_size", [0, 6, 7])

@@ -150,28 +150,74 @@ def _pipeline_cells() -> list[Cell]:
     return [*cells, *(replace(cell, slow=True) for cell in more_ranks)]
 
 
-def _expert_cells() -> list[Cell]:
-    mixtral = {
-        "model_type": "mixtral",
-        "model": (("num_local_experts", 4), ("num_experts_per_tok", 2), ("router_aux_loss_coef", 0.1)),
-        "micro_batch_size": 2,
-    }
-    qwen = {
-        "model_type": "qwen3_moe",
-        "model": (
-            *(("num_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 32)),
-            *(("head_dim", 16), ("router_aux_loss_coef", 0.1)),
-        ),
-        "micro_batch_size": 2,
-    }
+MIXTRAL = Case(
+    engine="zero",
+    model_type="mixtral",
+    model=(("num_local_experts", 4), ("num_experts_per_tok", 2), ("router_aux_loss_coef", 0.1)),
+    micro_batch_size=2,
+)
+QWEN_MOE = Case(
+    engine="zero",
+    model_type="qwen3_moe",
+    model=(
+        *(("num_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 32)),
+        *(("head_dim", 16), ("router_aux_loss_coef", 0.1)),
+    ),
+    micro_batch_size=2,
+)
+
+
+def _sparse_cells() -> list[Cell]:
+    """Mixtures of experts, of which every rank holds all."""
     return [
-        Cell(2, Case(engine="zero", zero_stage=1, **mixtral)),
-        Cell(2, Case(engine="zero", zero_stage=3, precision="bf16", **mixtral)),
-        Cell(2, Case(engine="zero", zero_stage=2, **qwen)),
-        Cell(2, Case(engine="zero", zero_stage=3, recomputation="selective", **qwen)),
-        Cell(2, Case(engine="accelerate", **mixtral)),
-        Cell(2, Case(engine="accelerate", data_parallel="shard", recomputation="full", **qwen)),
+        Cell(2, MIXTRAL),
+        Cell(2, replace(MIXTRAL, zero_stage=3, precision="bf16")),
+        Cell(2, replace(QWEN_MOE, zero_stage=2)),
+        Cell(2, replace(QWEN_MOE, zero_stage=3, recomputation="selective")),
+        Cell(2, replace(MIXTRAL, engine="accelerate")),
+        Cell(2, replace(QWEN_MOE, engine="accelerate", data_parallel="shard", recomputation="full")),
     ]
+
+
+def _expert_cells() -> list[Cell]:
+    """Data ranks that share experts; on four ranks two hold the same, or none."""
+    mixtral, qwen = replace(MIXTRAL, expert=2), replace(QWEN_MOE, expert=2)
+    cells = [
+        Cell(2, replace(case, zero_stage=stage, precision=precision))
+        for case, stage, precision in (
+            (qwen, 0, "fp32"),
+            (mixtral, 1, "fp32"),
+            (qwen, 1, "bf16"),
+            (qwen, 2, "fp32"),
+            (mixtral, 2, "bf16"),
+            (mixtral, 3, "fp32"),
+            (qwen, 3, "bf16"),
+        )
+    ]
+    cells += [
+        Cell(2, replace(mixtral, zero_stage=2, small_steps=2, micro_batch_size=1)),
+        Cell(2, replace(qwen, recomputation="full", recompute_every=2, layers=3)),
+        Cell(2, replace(mixtral, zero_stage=3, recomputation="selective")),
+        Cell(2, replace(mixtral, zero_stage=2, precision="bf16", offload_optimizer="cpu")),
+        Cell(2, replace(qwen, zero_stage=3, offload_parameters="cpu", offload_optimizer="cpu")),
+        Cell(4, replace(mixtral, precision="bf16", micro_batch_size=1)),
+        Cell(4, replace(qwen, zero_stage=3, micro_batch_size=1)),
+        Cell(4, replace(mixtral, zero_stage=2, expert=4)),
+    ]
+    more_ranks = [
+        Cell(4, replace(case, zero_stage=stage, expert=expert, precision=precision, micro_batch_size=1))
+        for case, stage, expert, precision in (
+            (mixtral, 0, 2, "bf16"),
+            (qwen, 1, 2, "fp32"),
+            (qwen, 2, 2, "fp32"),
+            (mixtral, 3, 2, "bf16"),
+            (mixtral, 1, 4, "fp32"),
+            (qwen, 2, 4, "bf16"),
+            (qwen, 3, 4, "fp32"),
+            (mixtral, 3, 4, "bf16"),
+        )
+    ]
+    return [*cells, *(replace(cell, slow=True) for cell in more_ranks)]
 
 
 def _sequence_cells() -> list[Cell]:
@@ -276,6 +322,7 @@ CELLS: tuple[Cell, ...] = (
     *_accelerate_cells(),
     *_recomputation_cells(),
     *_sequence_cells(),
+    *_sparse_cells(),
     *_expert_cells(),
     *_tensor_cells(),
     *_offload_cells(),

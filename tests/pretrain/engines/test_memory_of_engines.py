@@ -28,16 +28,17 @@ LARGEST_GROUP = 4  # ranks
 USUAL = ParallelSection().model_dump()
 TOLERANCE = 0.02  # relative
 BUCKET = 1000  # elements: too few to matter beside the state
+DENSE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+}
+SPARSE = DENSE | {"model_type": "mixtral", "num_local_experts": 4, "num_key_value_heads": 4}
 VALUES: dict[str, Any] = {
     "name": "memory",
-    "model": {
-        "model_type": "llama",
-        "vocab_size": 1024,
-        "hidden_size": 128,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "intermediate_size": 256,
-    },
     "data": {"train": "unused"},
     "batch": {"sequence_length": LENGTH, "micro_batch_size": 1, "global_batch_size": 16},
     "optimizer": {"learning_rate": 1e-3},
@@ -75,7 +76,8 @@ def layouts() -> Iterator[Any]:
     for cell in CELLS:
         parallel = tuple((key, getattr(cell.case, key)) for key in PARALLEL_KEYS)
         layout = (cell.ranks, parallel, cell.case.precision)
-        if cell.case.model_type == "llama" and cell.ranks <= LARGEST_GROUP:
+        is_usual = cell.case.model_type == "llama" or cell.case.expert > 1
+        if is_usual and cell.ranks <= LARGEST_GROUP:
             found[layout] = found.get(layout, True) and cell.slow
     for layout, is_slow in found.items():
         different = [
@@ -88,7 +90,9 @@ def layouts() -> Iterator[Any]:
 def held_and_predicted(parallel: tuple[tuple[str, Any], ...], precision: str) -> tuple[float, float, float]:
     """Bytes a parameter: held in the middle of the second step; planned; planned besides while a module computes."""
     ranks = distributed.world_size()
-    config = RunConfig.model_validate({**VALUES, "precision": precision, "parallel": dict(parallel)})
+    section = dict(parallel)
+    model = SPARSE if section["expert"] > 1 else DENSE
+    config = RunConfig.model_validate({**VALUES, "model": model, "precision": precision, "parallel": section})
     plan = plan_run(config, ranks)
     before = set(storages())
     builder = ModelBuilder(config.model, seed=0, sequence_length=LENGTH, execution=config.execution, loss=config.loss)

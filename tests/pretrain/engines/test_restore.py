@@ -11,6 +11,7 @@ import pytest
 from pretrain.checkpoint.store import CheckpointStore
 from tests.distributed.ranks import RankPool
 from tests.pretrain.engines.cases import Case, Outcome, start_engine, take_steps
+from tests.pretrain.engines.matrix import MIXTRAL
 
 pytestmark = pytest.mark.ranks
 
@@ -45,6 +46,10 @@ LAYOUTS = {
     "stages 2 x tensor 2": (4, Case(pipeline=2, tensor=2)),
     "stages 2, tied": (2, Case(pipeline=2, tied=True, micro_batch_size=2, layers=4)),
     "both ways, tied": (2, Case(pipeline=2, pipeline_schedule="dualpipev", tied=True, micro_batch_size=2, layers=4)),
+    "experts 2": (2, replace(MIXTRAL, expert=2)),
+    "zero 3, experts 2 x 2": (4, replace(MIXTRAL, expert=2, zero_stage=3)),
+    "zero 1, all experts x 2": (2, MIXTRAL),
+    "plain, all experts": (1, replace(MIXTRAL, engine="plain")),
     "plain, tied": (1, Case(engine="plain", tied=True, micro_batch_size=2, layers=4)),
 }
 CHANGES = [
@@ -87,6 +92,11 @@ CHANGES = [
     ("sequence x 2", "plain"),
     ("zero 3 x 2", "sequence x 2"),
     ("sequence x 2", "sequence zero 3 x 2"),
+    ("experts 2", "plain, all experts"),
+    ("experts 2", "zero 1, all experts x 2"),
+    ("plain, all experts", "experts 2"),
+    ("zero 1, all experts x 2", "zero 3, experts 2 x 2"),
+    ("zero 3, experts 2 x 2", "experts 2"),
 ]
 
 

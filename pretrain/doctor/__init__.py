@@ -1,1 +1,0 @@
-"""`pretrain doctor`: is this machine, are all nodes, fit for a run?"""

@@ -1,1 +1,0 @@
-"""What to train, on which layout, how fast and at what cost: answers before a GPU is rented."""

@@ -1,1 +1,0 @@
-"""How good the planner's predictions are, and where its constants come from."""
