@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pretrain.planning.command_line import plan
+
 # Newer typer carries a copy of click, older ones import it: this is the class of either.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -38,6 +40,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or 
 
 checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.command()(plan)
 
 
 @app.command()
@@ -91,14 +94,30 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: go on from the newest checkpoint; required, never, or a checkpoint folder.")
     ] = "auto",
+    time_limit: Annotated[
+        str | None, typer.Option(help="Save and stop in time, such as 23h50m; a Slurm job's end is known without it.")
+    ] = None,
 ) -> None:
     """Train.
 
-    Under torchrun, deepspeed, accelerate launch or srun this is one rank of the job.
+    Under torchrun, deepspeed, accelerate launch or srun this is one rank of the job. Ctrl-C, SIGTERM, SIGUSR1 and a
+    file named `stop` in the run folder save and stop; a second signal stops at once.
     """
+    from pretrain.training.time_limit import parse_duration
+
+    limit_seconds = None if time_limit is None else parse_duration(time_limit)
     from pretrain import run as composition
 
-    raise typer.Exit(composition.train(run, overrides or [], resume))
+    raise typer.Exit(composition.train(run, overrides or [], resume, limit_seconds))
+
+
+@app.command()
+def goodput(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Show where the time of a run went, over all its starts, and how often to save."""
+    from pretrain.training.goodput import goodput_lines
+
+    for line in goodput_lines(run):
+        print(line)
 
 
 @app.command()

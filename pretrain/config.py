@@ -185,7 +185,9 @@ class CheckpointSection(Section):
     """When state is saved, and what is kept."""
 
     every_steps: int | None = Field(default=None, gt=0)  # null: only at the end and when told to stop
+    asynchronous: bool = True  # copy the state to the host's memory, and write it behind training
     keep_last: int = Field(default=3, ge=1)
+    keep_every_steps: int | None = Field(default=None, gt=0)  # keep all checkpoints of these steps; null: of none
     keep_best: int = Field(default=1, ge=0)  # by the first validation set's loss
 
 
@@ -216,6 +218,7 @@ class GuardSection(Section):
     on_non_finite: Literal["skip", "stop"] = "skip"
     max_skipped_in_a_row: int = Field(default=10, ge=1)  # then the run ends as diverged
     on_spike: Literal["ignore", "warn"] = "warn"
+    stop_margin_seconds: float = Field(default=60, ge=0)  # kept before a time limit besides the last step and save
 
 
 class RunConfig(Section):

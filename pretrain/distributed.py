@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -44,6 +45,18 @@ class Place:
 def environment() -> Mapping[str, str]:
     """This process's variables, for the few parts that read a launcher's wishes from them."""
     return os.environ
+
+
+def launched_at() -> float:
+    """When this process was started, in seconds since 1970."""
+    return float(psutil.Process().create_time())
+
+
+def job_launched_at(environment: Mapping[str, str]) -> float:
+    """The same, but of the launcher where it has started the ranks again: a time limit is one of the job."""
+    is_again = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    launcher = psutil.Process().parent() if is_again else None
+    return float(launcher.create_time()) if launcher else launched_at()
 
 
 def read_place(environment: Mapping[str, str] = os.environ) -> Place:
@@ -182,11 +195,16 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 def any_rank(claim: bool) -> bool:
     """True on all ranks where it is true on at least one. Collective; hosts wait for each other, not for a GPU."""
+    return bool(largest(int(claim)))
+
+
+def largest(number: int) -> int:
+    """The largest of all ranks' numbers. Collective; hosts wait for each other, not for a GPU."""
     if not is_distributed():
-        return claim
-    flag = torch.tensor(int(claim))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value.item())
 
 
 def broadcast_json(value: Any) -> Any:

@@ -5,8 +5,44 @@ Nothing here decides when to raise: every error says what was found, what is all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a `pretrain train` process ends. A signal that kills it at once is the shell's or the launcher's to tell."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    BAD_CONFIGURATION = 64
+    BAD_DATA = 65
+    DIVERGED = 70
+    SILENT_FAULT = 71
+    STORAGE = 74
+    PREEMPTED = 75
+    HANG = 76
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What an exit code means, and whether starting the same command again can help without a human."""
+
+    meaning: str
+    restart_helps: bool
+
+
+ENDINGS: Mapping[ExitCode, Ending] = {
+    ExitCode.DONE: Ending("done", restart_helps=False),
+    ExitCode.UNEXPECTED: Ending("an unexpected error, or a rank of the job died", restart_helps=True),
+    ExitCode.BAD_CONFIGURATION: Ending("bad configuration or usage", restart_helps=False),
+    ExitCode.BAD_DATA: Ending("bad data", restart_helps=False),
+    ExitCode.DIVERGED: Ending("diverged: the guard has no more rollbacks", restart_helps=False),
+    ExitCode.SILENT_FAULT: Ending("ranks that must hold the same weights differ", restart_helps=False),
+    ExitCode.STORAGE: Ending("storage: a checkpoint is missing, damaged, or cannot be written", restart_helps=False),
+    ExitCode.PREEMPTED: Ending("told to stop, state saved: start again", restart_helps=True),
+    ExitCode.HANG: Ending("a deadline passed, the stacks of all ranks are in `logs/`", restart_helps=True),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +60,7 @@ class Problem:
 class PretrainError(Exception):
     """A fault that the user can mend; carries every problem found, not only the first."""
 
-    exit_code = 1
+    exit_code = ExitCode.UNEXPECTED
 
     def __init__(self, *problems: Problem) -> None:
         self.problems: Sequence[Problem] = problems
@@ -42,35 +78,41 @@ class ConfigError(PretrainError):
     `remainder`: the configuration without its wrong keys, to look for further problems in; never to be run.
     """
 
-    exit_code = 64
+    exit_code = ExitCode.BAD_CONFIGURATION
     remainder: object | None = None
 
 
 class DataError(PretrainError):
     """A dataset is missing, damaged, or does not fit the model."""
 
-    exit_code = 65
+    exit_code = ExitCode.BAD_DATA
 
 
 class DivergedError(PretrainError):
     """Training cannot go on: losses or gradients are not finite for too long."""
 
-    exit_code = 70
+    exit_code = ExitCode.DIVERGED
+
+
+class ReplicaError(PretrainError):
+    """Ranks that must hold the same state do not: a fault of memory or of a computation that nothing else showed."""
+
+    exit_code = ExitCode.SILENT_FAULT
 
 
 class LaunchError(PretrainError):
     """The processes of the job do not fit together (world size, ports, devices)."""
 
-    exit_code = 64
+    exit_code = ExitCode.BAD_CONFIGURATION
 
 
 class CheckpointError(PretrainError):
     """A checkpoint is missing, damaged, of another model, or cannot be written."""
 
-    exit_code = 74
+    exit_code = ExitCode.STORAGE
 
 
 class Preempted(Exception):  # noqa: N818 - an ordered end, not an error
     """The run was told to stop, saved its state, and wants to be started again."""
 
-    exit_code = 75
+    exit_code = ExitCode.PREEMPTED

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,31 +44,64 @@ from pretrain.reporting.record import Outcome
 from pretrain.reporting.reporter import Reporter, build_reporter
 from pretrain.reporting.wandb_destination import require_wandb
 from pretrain.run_plan import RunPlan, load_and_plan
+from pretrain.training import goodput
+from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
 from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
+from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
-from pretrain.training.stopping import StopRequest
+from pretrain.training.saving import Saves
+from pretrain.training.stopping import StopRequest, Wish, refuse_stop_file, stop_file_wish, time_limit_wish
+from pretrain.training.time_limit import find_time_limits
 
 logger = logging.getLogger(__name__)
 
 
-def train(config_path: Path, overrides: list[str], resume: str) -> int:
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What lives as long as the process, whatever place of the run it goes on from."""
+
+    config: RunConfig
+    plan: RunPlan
+    place: Place
+    data: OpenedData
+    rows: TrainingRows
+    store: CheckpointStore
+    engine: Engine
+    stop: StopRequest
+    phases: Phases
+    ledger: GoodputLedger
+
+
+def train(config_path: Path, overrides: list[str], resume: str, time_limit_seconds: int | None = None) -> int:
     """Train one rank's part of a run; the same call on every rank. Returns the exit code."""
+    phases = Phases()
     place = distributed.read_place()
     request = read_accelerate_request(distributed.environment())
     config, plan = load_and_plan(config_path, overrides, place.world_size, request.apply_to)
     if config.reporting.wandb:
         require_wandb()
+    refuse_stop_file(config.folder)
     start_logging(config.folder, place.rank)
     distributed.start(place)
     try:
         with StopRequest(distributed.any_rank) as stop:
-            progress = _train(config, plan, place, resume, stop)
+            if place.is_main_process:
+                stop.wishes += _wishes_to_stop(config, phases, time_limit_seconds)
+            progress = _train(config, plan, place, resume, stop, phases)
     finally:
         distributed.stop()
     logger.info("done: step %d of %d, in %s", progress.step, plan.batch.total_steps, config.folder)
+    if place.is_main_process:
+        logger.info("goodput: %s", "\n".join(goodput.goodput_lines(config.folder)))
     return 0
+
+
+def _wishes_to_stop(config: RunConfig, phases: Phases, time_limit_seconds: int | None) -> list[Wish]:
+    environment, margin = distributed.environment(), config.guard.stop_margin_seconds
+    limits = find_time_limits(time_limit_seconds, environment, launched_at=distributed.job_launched_at(environment))
+    return [stop_file_wish(config.folder), time_limit_wish(limits, phases, margin_seconds=margin)]
 
 
 def evaluate(source: Path, data: Path | None, split: str, max_rows: int | None) -> list[Measured]:
@@ -102,7 +135,7 @@ def generate(source: Path, prompts: list[str], *, max_new_tokens: int, sampling:
     return generate_from(source, prompts, max_new_tokens=max_new_tokens, sampling=sampling, device=device)
 
 
-def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: StopRequest) -> Progress:
+def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: StopRequest, phases: Phases) -> Progress:
     data = open_datasets(
         config.data,
         sequence_length=config.batch.sequence_length,
@@ -114,6 +147,8 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         config.folder / "checkpoints",
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        asynchronous=config.checkpoint.asynchronous,
     )
     checkpoint = choose_checkpoint(store, resume)
     rows = _training_rows(config, plan, data, checkpoint)
@@ -121,15 +156,47 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         save_config(config, config.folder / "config.yaml")
         tokenizer_folder.keep_tokenizer(data.training[0], config.data.tokenizer, config.folder)
     engine = _build_engine(config, plan, place.device)
+    ledger = GoodputLedger(config.folder / goodput.FILE_NAME if place.is_main_process else None, phases)
+    parts = _Parts(
+        config=config,
+        plan=plan,
+        place=place,
+        data=data,
+        rows=rows,
+        store=store,
+        engine=engine,
+        stop=stop,
+        phases=phases,
+        ledger=ledger,
+    )
     outcome: Outcome = "failed"
     with ExitStack() as closing:
         closing.callback(engine.close)
         progress = _restore(engine, checkpoint)
+        ledger.start(step=progress.step, launched_at=distributed.launched_at(), world_size=place.world_size)
+        closing.callback(lambda: ledger.end(outcome))
+        try:
+            progress = _run_from(parts, progress, checkpoint)
+        except Preempted:
+            outcome = "stopped"
+            raise
+        finally:
+            phases.enter("end", phases.now.step)
+        outcome = "finished"
+    return progress
+
+
+def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) -> Progress:
+    """Train from where the engine stands to the end, with reports and rows that go on there."""
+    config, plan, place = parts.config, parts.plan, parts.place
+    outcome: Outcome = "failed"
+    with ExitStack() as closing:
         reporter = _build_reporter(config, place, progress, checkpoint)
         closing.callback(lambda: reporter.close(outcome=outcome))
+        closing.callback(parts.store.close)
         data_rank = plan.topology.coordinate(place.rank).data
         loader = TrainingLoader(
-            rows,
+            parts.rows,
             plan.batch,
             rank=data_rank,
             samples_consumed=progress.samples_consumed,
@@ -139,16 +206,22 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         loop = TrainingLoop(
             config=config,
             plan=plan.batch,
-            engine=engine,
+            engine=parts.engine,
             schedule=build_schedule(config.schedule, plan.batch),
-            validation=_validation_sets(config, plan, data, data_rank),
+            validation=_validation_sets(config, plan, parts.data, data_rank),
             reporter=reporter,
-            store=store,
-            metadata=partial(_metadata, config, engine, data, rows, reporter),
+            saves=Saves(
+                store=parts.store,
+                engine=parts.engine,
+                reporter=reporter,
+                metadata=partial(_metadata, parts, reporter),
+            ),
             meter=_build_meter(plan, place.device, progress),
             guard=Guard(config.guard),
-            stop=stop,
-            data_values=partial(_data_values, rows) if place.is_main_process else None,
+            stop=parts.stop,
+            phases=parts.phases,
+            ledger=parts.ledger,
+            data_values=partial(_data_values, parts.rows) if place.is_main_process else None,
         )
         try:
             progress = loop.run(progress, closing.enter_context(loader))
@@ -239,11 +312,10 @@ def _restore(engine: Engine, checkpoint: Checkpoint | None) -> Progress:
     return progress
 
 
-def _metadata(
-    config: RunConfig, engine: Engine, data: OpenedData, rows: TrainingRows, reporter: Reporter, progress: Progress
-) -> dict[str, Any]:
+def _metadata(parts: _Parts, reporter: Reporter, progress: Progress) -> dict[str, Any]:
     """What a checkpoint's manifest holds besides the engine's and the loop's numbers."""
-    manifest = data.training[0].dataset.manifest
+    engine, rows = parts.engine, parts.rows
+    manifest = parts.data.training[0].dataset.manifest
     return {
         "parameters": engine.parameter_shapes(),
         "model_config": engine.model_config(),
@@ -256,5 +328,5 @@ def _metadata(
         "data_ledger": {name: asdict(given) for name, given in ledger(rows, progress.samples_consumed).items()},
         "data_order": order_record(rows, progress.samples_consumed),
         "trackers": reporter.tracker_state(),
-        "run_config": config.model_dump(mode="json"),
+        "run_config": parts.config.model_dump(mode="json"),
     }

@@ -92,7 +92,24 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         raise ConfigError(*problems)
     architecture, parameters = model
     warnings += pipeline_warnings(parallel, batch.accumulation)
-    layout = Layout(
+    layout = layout_of(config, engine, topology, read_buffers(file, parallel.zero_stage))
+    return RunPlan(
+        engine=engine,
+        topology=topology,
+        batch=batch,
+        architecture=architecture,
+        parameters=parameters,
+        flops=count_flops(architecture, parameters, length),
+        memory=estimate_memory(architecture, parameters, layout, step_of(config)),
+        stages=partition_run(config, architecture),
+        warnings=tuple(warnings),
+    )
+
+
+def layout_of(config: RunConfig, engine: str, topology: Topology, buffers: Buffers) -> Layout:
+    """How a run shares its state, as memory.py wants to know it."""
+    parallel = config.parallel
+    return Layout(
         engine=engine,
         zero_stage=parallel.zero_stage,
         data=topology.data,
@@ -104,27 +121,20 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         shards_weights=parallel.data_parallel == "shard",
         offloads_optimizer=parallel.offload_optimizer != "none",
         offloads_parameters=parallel.offload_parameters != "none",
-        buffers=read_buffers(file, parallel.zero_stage),
+        buffers=buffers,
     )
-    step = Step(
+
+
+def step_of(config: RunConfig) -> Step:
+    """What one forward of a run computes."""
+    return Step(
         precision=config.precision,
         micro_batch_size=config.batch.micro_batch_size,
-        sequence_length=length,
+        sequence_length=config.batch.sequence_length,
         recomputes=config.execution.recomputation != "none",
         recompute_every=config.execution.recompute_every,
         keeps_attention=config.execution.recomputation == "selective",
         chunk_tokens=config.loss.chunk_tokens,
-    )
-    return RunPlan(
-        engine=engine,
-        topology=topology,
-        batch=batch,
-        architecture=architecture,
-        parameters=parameters,
-        flops=count_flops(architecture, parameters, length),
-        memory=estimate_memory(architecture, parameters, layout, step),
-        stages=partition_run(config, architecture),
-        warnings=tuple(warnings),
     )
 
 

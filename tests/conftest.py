@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,33 @@ from tests.distributed.ranks import REPOSITORY, RankPool
 
 settings.register_profile("athanor", deadline=None)  # no timed assertions, those of examples included
 settings.load_profile("athanor")
+
+_LAST_START = pytest.StashKey[float | None]()  # of slow tests, on the monotonic clock
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-within",
+        type=float,
+        metavar="MINUTES",
+        help="start slow tests (they run last) in the first MINUTES of the run only; the rest are skipped by name",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # stable: the others keep their order
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    minutes = session.config.getoption("--slow-within")
+    session.config.stash[_LAST_START] = None if minutes is None else time.monotonic() + 60 * minutes
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    last_start = item.config.stash[_LAST_START]
+    if last_start is not None and item.get_closest_marker("slow") and time.monotonic() > last_start:
+        pytest.skip("slow tests had no more time in this run (--slow-within)")
 
 
 @pytest.fixture(scope="session")

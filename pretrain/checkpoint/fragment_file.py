@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
@@ -52,30 +52,51 @@ class FileRecord:
     xxh3_128: str  # of the whole file, in hexadecimal
 
 
-def write_fragment_file(path: Path, fragments: Sequence[tuple[FragmentRecord, memoryview]]) -> FileRecord:
-    """Write and fsync a file of fragments, hashing on the way.
+@dataclass(frozen=True, kw_only=True)
+class WrittenFile:
+    """A file that was written, and where in it each fragment lies."""
+
+    file: FileRecord
+    fragments: tuple[tuple[FragmentRecord, int], ...]  # with the offset of its values, in bytes
+
+
+def write_fragment_file(
+    path: Path,
+    records: Sequence[FragmentRecord],
+    values: memoryview,
+    *,
+    before_each_block: Callable[[], None] = lambda: None,
+) -> WrittenFile:
+    """Write and fsync a file of fragments whose values follow one another, hashing on the way.
 
     Raises:
         OSError: where the disk is full or fails.
     """
     digest = xxhash.xxh3_128()
+    header = encode_header(records)
     size = 0
-    with path.open("wb") as file:
-        for part in (memoryview(encode_header([record for record, _ in fragments])), *(data for _, data in fragments)):
+    with path.open("wb", buffering=0) as file:
+        for part in (memoryview(header), values):
             data = part.cast("B")
             for start in range(0, len(data), BLOCK_BYTES):
+                before_each_block()
                 block = data[start : start + BLOCK_BYTES]
                 write_block(file, block)
                 digest.update(block)
             size += len(data)
-        file.flush()
         os.fsync(file.fileno())
-    return FileRecord(name=path.name, size=size, xxh3_128=digest.hexdigest())
+    places, offset = [], len(header)
+    for record in records:
+        places.append((record, offset))
+        offset += record.run.count * ITEM_BYTES
+    assert offset == size, f"{path.name}: {offset} bytes by the records, {size} by the values"
+    return WrittenFile(file=FileRecord(name=path.name, size=size, xxh3_128=digest.hexdigest()), fragments=tuple(places))
 
 
-def write_block(file: BinaryIO, block: memoryview) -> None:
+def write_block(file: FileIO, block: memoryview) -> None:
     """Write one block; every byte of a fragment file goes through here, so that tests can make any write fail."""
-    file.write(block)
+    while block:
+        block = block[file.write(block) :]
 
 
 def encode_header(records: Sequence[FragmentRecord]) -> bytes:

@@ -30,7 +30,9 @@ class Fragment:
     shape: tuple[int, ...]  # of the logical tensor
     box: tuple[tuple[int, int], ...]  # (start, stop) along each dimension
     start: int  # first element within the flattened box
-    values: torch.Tensor  # (count,) fp32, on the CPU
+    values: (
+        torch.Tensor
+    )  # (count,) fp32 on any device; often a view of live state, so to be copied before the next step
 
 
 def whole_box(shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

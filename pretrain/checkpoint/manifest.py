@@ -17,7 +17,8 @@ from pretrain.checkpoint.fragment_file import FileRecord, hash_file
 from pretrain.errors import CheckpointError, Problem
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 had no table of fragments: the header of every file is read instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)  # of Python and packages
     git: dict[str, str] | None = None  # commit and changed paths of this program's source tree
     files: tuple[FileRecord, ...] = ()
+    index: FileRecord | None = None  # the table of all fragments; see fragment_index.py
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -71,12 +73,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
+        if version not in READABLE_VERSIONS:
+            raise ValueError(f"format version {version}, this program reads {READABLE_VERSIONS}")
         if values.pop("manifest_xxh3_128", None) != _hash_values(values):
             raise ValueError("the manifest does not match its own hash: it was edited or damaged")
         values["parameters"] = {name: tuple(shape) for name, shape in values["parameters"]}
         values["files"] = tuple(FileRecord(**file) for file in values["files"])
+        values["index"] = FileRecord(**values["index"]) if values.get("index") else None
         return Manifest(**values)
     except FileNotFoundError as error:
         raise _broken(folder, f"{MANIFEST_NAME} is missing") from error
@@ -100,9 +103,9 @@ def find_file_fault(folder: Path, record: FileRecord, *, check_hash: bool = True
     return None
 
 
-def with_files(manifest: Manifest, files: list[FileRecord]) -> Manifest:
+def with_files(manifest: Manifest, files: list[FileRecord], index: FileRecord | None = None) -> Manifest:
     """The same manifest with the files that were written."""
-    return replace(manifest, files=tuple(sorted(files, key=lambda file: file.name)))
+    return replace(manifest, files=tuple(sorted(files, key=lambda file: file.name)), index=index)
 
 
 def _hash_values(values: dict[str, Any]) -> str:

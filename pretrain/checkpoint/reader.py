@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from pretrain.checkpoint.boxes import Box, find_coverage_fault, intersect, lengths, merge_dimensions, rectangles
 from pretrain.checkpoint.fragment_file import ITEM_BYTES, StoredFragment, read_fragment_table
+from pretrain.checkpoint.fragment_index import Pieces, read_index
 from pretrain.checkpoint.fragments import MASTER, element_count, whole_box
 from pretrain.checkpoint.manifest import Manifest, read_manifest
 from pretrain.errors import CheckpointError, Problem
@@ -25,7 +26,7 @@ SHOWN_DIFFERENCES = 5
 
 
 class Checkpoint:
-    """One published checkpoint. Opening reads the manifest and the headers; values are read when asked for.
+    """One published checkpoint. Opening reads the manifest and the table of fragments; values are read when asked for.
 
     Raises:
         CheckpointError: where the manifest is broken, or the fragments do not cover every tensor exactly once.
@@ -34,7 +35,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        self._pieces = index_fragments(path, self.manifest)
+        self._pieces = read_pieces(path, self.manifest)
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     @property
@@ -178,18 +179,31 @@ class Checkpoint:
         return self._files[path]
 
 
-def index_fragments(path: Path, manifest: Manifest) -> dict[tuple[str, str], list[StoredFragment]]:
-    """Read the headers of the manifest's files and check that they hold each tensor exactly once.
+def read_pieces(path: Path, manifest: Manifest) -> Pieces:
+    """Where every element of a checkpoint lies: from its table, or from the header of each file where it has none.
+
+    Raises:
+        CheckpointError: where they do not hold each tensor exactly once.
+    """
+    if manifest.index is not None:
+        pieces = read_index(path, manifest.index)
+    else:
+        pieces = {}
+        for file in manifest.files:
+            for piece in read_fragment_table(path / file.name):
+                pieces.setdefault((piece.record.name, piece.record.kind), []).append(piece)
+    require_whole(path, manifest, pieces)
+    return pieces
+
+
+def require_whole(path: Path, manifest: Manifest, pieces: Pieces) -> None:
+    """Check that fragments hold each tensor exactly once.
 
     Every parameter must have its master weights; another kind may be absent, but never in part.
 
     Raises:
         CheckpointError: naming the parameters that are wrong.
     """
-    pieces: dict[tuple[str, str], list[StoredFragment]] = defaultdict(list)
-    for file in manifest.files:
-        for piece in read_fragment_table(path / file.name):
-            pieces[piece.record.name, piece.record.kind].append(piece)
     faults = [
         f"{name} ({kind}): {fault}"
         for (name, kind), members in pieces.items()
@@ -208,7 +222,6 @@ def index_fragments(path: Path, manifest: Manifest) -> dict[tuple[str, str], lis
                 for fault in faults[:SHOWN_DIFFERENCES]
             )
         )
-    return dict(pieces)
 
 
 def _find_fault(shape: tuple[int, ...] | None, pieces: Iterable[StoredFragment]) -> str | None:

@@ -1,70 +1,73 @@
-"""Writes one rank's fragments into files of bounded size, with bounded memory.
+"""Writes one rank's blocks as files, and says what they hold.
 
-No collective call is made here, so that the same code can run behind training. Publishing is store.py's.
+No collective call is made here: the same code runs behind training. Publishing is publisher.py's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 
-import torch
-
-from pretrain.checkpoint.boxes import Run, lengths
-from pretrain.checkpoint.fragment_file import ITEM_BYTES, FileRecord, FragmentRecord, write_fragment_file
+from pretrain.checkpoint.fragment_file import WrittenFile, write_fragment_file
 from pretrain.checkpoint.fragments import Fragment
+from pretrain.checkpoint.host_buffers import Block, HostBuffers
+
+WRITERS = 2  # files written at one time: while one waits for the disk, the other hands over and hashes its blocks
 
 
-def write_fragments(fragments: Iterable[Fragment], folder: Path, *, rank: int, file_bytes: int) -> list[FileRecord]:
-    """Write this rank's files, each fsynced, and return their sizes and hashes.
+class Abandoned(Exception):  # noqa: N818 - an order that was obeyed, not an error
+    """The save was given up while it was being written."""
 
-    Memory: the fragments of one file. A header comes before its values, so the values wait until the file is full;
-    an iterator may therefore not overwrite the values it has yielded. The iterator is always run to its end, since
-    its steps may be collective: after a fault the rest is dropped.
+
+def write_blocks(
+    blocks: Sequence[Block], folder: Path, *, rank: int, is_abandoned: Callable[[], bool]
+) -> list[WrittenFile]:
+    """Write this rank's files, each fsynced, several at a time.
+
+    Raises:
+        OSError: where the disk is full or fails.
+        Abandoned: soon after `is_abandoned` became true.
+    """
+    write = partial(_write, folder=folder, rank=rank, is_abandoned=is_abandoned)
+    if len(blocks) <= 1:
+        return list(starmap(write, enumerate(blocks)))
+    with ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint-file") as writers:
+        return list(writers.map(write, range(len(blocks)), blocks))
+
+
+def write_stream(blocks: Iterable[Block], folder: Path, *, rank: int) -> list[WrittenFile]:
+    """Write this rank's files one by one as the blocks come, for which the memory of one block is enough.
+
+    The iterator is always run to its end, since its steps may be collective: after a fault the rest is dropped.
 
     Raises:
         OSError: where the disk is full or fails.
     """
-    records: list[FileRecord] = []
-    waiting: list[tuple[FragmentRecord, memoryview]] = []
-    waiting_bytes = 0
+    written: list[WrittenFile] = []
     fault: OSError | None = None
-
-    def write_waiting() -> None:
-        records.append(write_fragment_file(folder / f"rank-{rank:05d}-{len(records):05d}.safetensors", waiting))
-        waiting.clear()
-
-    for fragment in fragments:
-        if fault or fragment.values.numel() == 0:
-            continue
-        waiting.append((_record_of(fragment), fragment.values.numpy().data))
-        waiting_bytes += fragment.values.numel() * ITEM_BYTES
-        if waiting_bytes >= file_bytes:
+    for number, block in enumerate(blocks):
+        if fault is None:
             try:
-                write_waiting()
+                written.append(_write(number, block, folder=folder, rank=rank, is_abandoned=lambda: False))
             except OSError as error:
                 fault = error
-                waiting.clear()
-            waiting_bytes = 0
     if fault:
         raise fault
-    if waiting:
-        write_waiting()
-    return records
+    return written
 
 
-def _record_of(fragment: Fragment) -> FragmentRecord:
-    """Check a fragment against its own claims: a wrong one is an engine's fault, found before it is on disk."""
-    values = fragment.values
-    assert values.dtype == torch.float32, f"{fragment.name}: fp32 expected, found {values.dtype}"
-    assert values.dim() == 1, f"{fragment.name}: flat values expected, found {tuple(values.shape)}"
-    assert values.is_contiguous(), f"{fragment.name}: contiguous values expected"
-    assert values.device.type == "cpu", f"{fragment.name}: values on the CPU expected"
-    assert 0 <= fragment.start <= math.prod(lengths(fragment.box)) - values.numel(), f"{fragment.name}: beyond its box"
-    return FragmentRecord(
-        name=fragment.name,
-        kind=fragment.kind,
-        shape=tuple(fragment.shape),
-        run=Run(tuple((start, stop) for start, stop in fragment.box), fragment.start, values.numel()),
-    )
+def write_fragments(fragments: Iterable[Fragment], folder: Path, *, rank: int, file_bytes: int) -> list[WrittenFile]:
+    """Write fragments into files of bounded size, in the memory of one of them."""
+    return write_stream(HostBuffers(file_bytes).stream(fragments), folder, rank=rank)
+
+
+def _write(number: int, block: Block, *, folder: Path, rank: int, is_abandoned: Callable[[], bool]) -> WrittenFile:
+    def heed() -> None:
+        if is_abandoned():
+            raise Abandoned
+
+    path = folder / f"rank-{rank:05d}-{number:05d}.safetensors"
+    return write_fragment_file(path, block.records, block.values.numpy().data, before_each_block=heed)

@@ -107,7 +107,7 @@ class AcceleratedEngine:
                     shape=weight.shape,
                     box=whole_box(weight.shape),
                     start=start,
-                    values=values.detach().flatten().narrow(0, first, count).to("cpu", torch.float32),
+                    values=values.detach().flatten().narrow(0, first, count).float(),
                 )
 
     def _own_run(self, name: str) -> tuple[int, int, int]:

@@ -58,7 +58,7 @@ class Engine(Protocol):
         """The `transformers` configuration, as JSON values."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's part of the logical state, on the CPU; together the ranks cover it exactly once."""
+        """This rank's part of the logical state, where it lies; together the ranks cover it exactly once."""
 
     def scalar_state(self) -> dict[str, Any]:
         """JSON values that are equal on all ranks: optimizer step count, loss scale."""

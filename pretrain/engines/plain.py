@@ -97,7 +97,7 @@ class PlainEngine:
                     shape=shape,
                     box=whole_box(shape),
                     start=0,
-                    values=values.detach().float().flatten().cpu(),
+                    values=values.detach().float().flatten(),
                 )
 
     def scalar_state(self) -> dict[str, Any]:

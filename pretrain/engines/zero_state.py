@@ -39,7 +39,7 @@ class LocalRun:
     def fragment(self, kind: str) -> Fragment:
         """The elements of one kind as a checkpoint takes them."""
         assert self.count <= math.prod(self.shape)
-        values = self.tensors[kind].detach().to("cpu", torch.float32)
+        values = self.tensors[kind].detach().float()
         return Fragment(name=self.name, kind=kind, shape=self.shape, box=self.box, start=self.start, values=values)
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pretrain.batch_plan import BatchPlan
-from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.engines.base import Engine, StepResult
 from pretrain.errors import Preempted
 from pretrain.models.batch import Batch
 from pretrain.reporting.reporter import Reporter
+from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
 from pretrain.training.metrics import StepMeter, perplexity
+from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
+from pretrain.training.saving import Saves
 from pretrain.training.stopping import StopRequest, should_stop_early
 
 
@@ -33,11 +34,12 @@ class TrainingLoop:
     schedule: Callable[[int], float]  # step -> learning-rate multiplier
     validation: Mapping[str, Callable[[], Iterator[Batch]]]  # name -> this rank's micro-batches of the set
     reporter: Reporter
-    store: CheckpointStore
-    metadata: Callable[[Progress], dict[str, Any]]  # what a checkpoint's manifest holds besides
+    saves: Saves
     meter: StepMeter
     guard: Guard
     stop: StopRequest
+    phases: Phases
+    ledger: GoodputLedger
     data_values: Callable[[Progress], dict[str, float | int]] | None = None  # of a line: what the sources have given
 
     def run(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
@@ -50,18 +52,27 @@ class TrainingLoop:
         Raises:
             Preempted: after an orderly save, where the run was asked to stop before its last step.
             DivergedError: where too many steps had no finite gradient.
+            StorageError: where the last save of the run failed.
         """
+        first_step = progress.step + 1
         while not self._is_finished(progress):
+            step = progress.step + 1
+            self.phases.enter("first step" if step == first_step else "step", step)
             progress = self._step(progress, steps)
+            with self.meter.paused():
+                self.saves.tell(progress)
             if self._is_due(self.config.evaluation.every_steps, progress) or self._is_finished(progress):
                 progress = self._evaluate(progress)
+            self.phases.doing("agreeing")
             is_stopping = self.stop.is_agreed()
             is_best = progress.best_step == progress.step and self.config.checkpoint.keep_best > 0
             is_due = self._is_due(self.config.checkpoint.every_steps, progress)
             if is_stopping or is_best or is_due or self._is_finished(progress):
                 progress = self._save(progress, is_best=is_best)
             if is_stopping and not self._is_finished(progress):
+                self._finish_saves(progress)
                 raise Preempted(f"asked to stop ({self.stop.reason or 'on another rank'}) at step {progress.step}")
+        self._finish_saves(progress)
         return progress
 
     def _is_finished(self, progress: Progress) -> bool:
@@ -75,7 +86,9 @@ class TrainingLoop:
 
     def _step(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
         began = time.perf_counter()
+        self.phases.doing("reading rows")
         micro_batches = next(steps)
+        self.phases.doing("training")
         data_seconds = time.perf_counter() - began
         multiplier = self.schedule(progress.step)
         self.engine.set_learning_rate_multiplier(multiplier)
@@ -86,6 +99,7 @@ class TrainingLoop:
         progress = progress.after_step(rows=rows, tokens=tokens)
         self.guard.observe(step=progress.step, first_row=first_row, end_row=first_row + rows, skipped=result.skipped)
         self.meter.count_step(tokens=tokens, data_seconds=data_seconds)
+        self.ledger.count_step(progress.step)
         is_last = progress.step == self._last_step
         if is_last or self._is_due(self.config.reporting.every_steps, progress):
             return self._report(progress, result, multiplier)
@@ -109,7 +123,7 @@ class TrainingLoop:
 
     def _evaluate(self, progress: Progress) -> Progress:
         """Every validation set; the first one's loss decides what is best."""
-        with self.meter.paused():
+        with self.phases.inside("evaluation"), self.meter.paused():
             losses = []
             for name, micro_batches in self.validation.items():
                 result = self.engine.evaluate(micro_batches())
@@ -121,17 +135,15 @@ class TrainingLoop:
             return progress.after_evaluation(losses[0]) if losses else progress
 
     def _save(self, progress: Progress, *, is_best: bool) -> Progress:
-        with self.meter.paused():
+        with self.phases.inside("save"), self.meter.paused():
             progress = progress.after_skipped(self.guard.read_skipped())
-            self.store.save(
-                progress.step,
-                self.engine.fragments(),
-                scalars=self.engine.scalar_state(),
-                progress=progress.to_json(),
-                metadata=self.metadata(progress),
-                is_best=is_best,
-            )
-            return progress
+            self.saves.begin(progress, is_best=is_best)
+        self.ledger.write(progress.step)
+        return progress
+
+    def _finish_saves(self, progress: Progress) -> None:
+        with self.phases.inside("save"), self.meter.paused():
+            self.saves.finish(progress)
 
     @staticmethod
     def _is_due(every_steps: int | None, progress: Progress) -> bool:

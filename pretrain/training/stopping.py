@@ -1,4 +1,4 @@
-"""When a run ends before its last step: signals, requests, and validation that no longer improves.
+"""When a run ends before its last step: signals, a stop file, time limits, and validation that no longer improves.
 
 Only says that it should end; saving and leaving is the loop's (loop.py), divergence is guard.py's.
 """
@@ -9,11 +9,15 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from pretrain.errors import ConfigError, Problem
+from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
+from pretrain.training.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A terminal's Ctrl-C and Slurm's SIGTERM reach every process, and launchers pass them on once more: signals that
 # follow the first one this closely are the same wish, not a second one.
 SAME_REQUEST_SECONDS = 3.0
+STOP_FILE = "stop"  # of a run folder
+LOOK_EVERY_SECONDS = 2.0  # for the stop file: a shared file system is not asked at every step
+LOADED_MACHINE = 1.5  # the last save and evaluation may take so many times as long as the longest before
+
+Wish = Callable[[], str | None]  # why to stop now, or None
 
 
 class StopRequest:
@@ -39,6 +48,7 @@ class StopRequest:
         self._found_handlers: dict[signal.Signals, Any] = {}
         self._signalled_at: float | None = None
         self.reason: str | None = None  # of this rank; null: nobody asked this rank
+        self.wishes: list[Wish] = []  # looked at whenever ranks agree
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -59,6 +69,9 @@ class StopRequest:
 
     def is_agreed(self) -> bool:
         """True on all ranks once any rank was asked to stop. Collective: every rank must call at the same step."""
+        for wish in self.wishes:
+            if self.reason is None and (reason := wish()) is not None:
+                self.request(reason)
         return self._any_rank(self.reason is not None)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -74,3 +87,41 @@ class StopRequest:
 def should_stop_early(progress: Progress, patience: int | None) -> bool:
     """True after `patience` evaluations in a row without a better loss; never where patience is null."""
     return patience is not None and progress.evaluations_without_improvement >= patience
+
+
+def stop_file_wish(run_folder: Path, clock: Callable[[], float] = time.monotonic) -> Wish:
+    """The wish that a file named `stop` in the run folder is; one rank is enough to look."""
+    path = run_folder / STOP_FILE
+    looked_at = -LOOK_EVERY_SECONDS
+
+    def wish() -> str | None:
+        nonlocal looked_at
+        if clock() - looked_at < LOOK_EVERY_SECONDS:
+            return None
+        looked_at = clock()
+        return f"{path} is there" if path.exists() else None
+
+    return wish
+
+
+def refuse_stop_file(run_folder: Path) -> None:
+    """A run that was stopped by a file does not start again beside it, whatever restarts it.
+
+    Raises:
+        ConfigError: where the file is there.
+    """
+    path = run_folder / STOP_FILE
+    if path.exists():
+        raise ConfigError(Problem(f"{path} is there, which asks this run to stop", "no such file", f"remove {path}"))
+
+
+def time_limit_wish(limits: Sequence[TimeLimit], phases: Phases, *, margin_seconds: float) -> Wish:
+    """The wish to be through with a last step, evaluation and save before a time limit, by what they took so far."""
+
+    def wish() -> str | None:
+        longest = phases.longest
+        measured = sum(longest.get(phase, 0.0) for phase in ("step", "evaluation", "save"))
+        reasons = (limit.reason_to_stop(LOADED_MACHINE * measured + margin_seconds) for limit in limits)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    return wish

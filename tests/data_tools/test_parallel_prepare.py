@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import random
 import shutil
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,21 +26,10 @@ from data_tools.prepare import PrepareOptions, prepare
 from data_tools.task_encoding import TaskEncoder
 from data_tools.worker_pool import EncodingPool
 from tests.data_tools.conftest import TEXT, write_lines
+from tests.data_tools.doomed_runs import Stroke, Victim, begin_doomed, was_struck
 
 RANGE_BYTES = 2000  # some sixty tasks
 OPTIONS = PrepareOptions(fractions=(0.6, 0.3, 0.1), shard_tokens=1500, on_bad_line=BadLinePolicy.QUARANTINE)
-COMMAND = """
-import importlib
-import sys
-from pathlib import Path
-from data_tools.prepare import prepare
-source, tokenizer, output, workers, module, hang_seconds = sys.argv[1:]
-options, range_bytes = importlib.import_module(module).OPTIONS, importlib.import_module(module).RANGE_BYTES
-prepare(
-    [Path(source)], Path(tokenizer), Path(output), options,
-    workers=int(workers), range_bytes=range_bytes, hang_seconds=float(hang_seconds),
-)
-"""
 
 
 @pytest.fixture
@@ -73,30 +64,22 @@ def clean(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> dict[str, str
     return content(tmp_path / "clean")
 
 
-def begin(
-    corpus: Path, tokenizer: Path, output: Path, workers: int, module: str = __name__, hang_seconds: float = 300
-) -> subprocess.Popen[bytes]:
-    words = [corpus, tokenizer, output, workers, module, hang_seconds]
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, words)],
-        cwd=Path(__file__).parents[2],
-        stderr=subprocess.PIPE,
-    )
+def at_line(monkeypatch: pytest.MonkeyPatch, line: int, do: Callable[[], object]) -> None:
+    """Have something done when a run in this process has written so many lines of its journal."""
+    append, written = Journal.append, itertools.count(1)
+
+    def append_and_do(journal: Journal, entry: Mapping[str, Any]) -> None:
+        append(journal, entry)
+        if "job" not in entry and next(written) == line:
+            do()
+
+    monkeypatch.setattr(Journal, "append", append_and_do)
 
 
-def wait_for_lines(process: subprocess.Popen[bytes], output: Path, more: int, kind: bytes = b"") -> None:
-    """Wait until the run has finished so many more things (of a kind), or ended."""
-    journal = output.parent / f".{output.name}.partial" / "work" / JOURNAL_NAME
-    before = None
-    while process.poll() is None:
-        try:
-            lines = sum(kind in line for line in journal.read_bytes().splitlines())
-        except FileNotFoundError:  # not yet there, or gone with the folder that was just published
-            lines = 0
-        before = lines if before is None else before
-        if lines >= before + more:
-            return
-        time.sleep(0.001)
+def workers_of_this_process() -> list[psutil.Process]:
+    """Return the processes that encode for this one."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "data_tools.task_worker" in child.cmdline()]
 
 
 def test_every_number_of_workers_makes_the_same_bytes(
@@ -128,16 +111,11 @@ def test_a_killed_run_goes_on_where_it_stopped(
 ) -> None:
     chance = random.Random(workers)
     out = tmp_path / "out"
-    kills = attempts = 0
+    kills = 0
     while not out.exists():
-        attempts += 1
-        assert attempts < 40, "the run makes no progress"
-        process = begin(corpus, tokenizer_folder, out, workers)
-        wait_for_lines(process, out, chance.randint(3, 30))
-        time.sleep(chance.random() * 0.02)
-        kills += process.poll() is None
-        process.kill()
-        process.communicate()
+        stroke = Stroke(line=chance.randint(3, 30), seconds=chance.random() * 0.02)
+        kills += was_struck(corpus, tokenizer_folder, out, OPTIONS, stroke, workers=workers, range_bytes=RANGE_BYTES)
+        assert kills < 40, "the run makes no progress"
     prepare([corpus], tokenizer_folder, out, OPTIONS, range_bytes=RANGE_BYTES)
     assert kills > 1
     assert content(out) == clean
@@ -151,20 +129,11 @@ def test_twenty_kills_of_workers_and_parents_leave_no_trace(
 ) -> None:
     chance = random.Random(100 + workers)
     out = tmp_path / "out"
-    kills = rounds = 0
+    kills = 0
     while kills < 20:
-        rounds += 1
-        assert rounds < 200, "too few of the kills hit"
-        process = begin(corpus, tokenizer_folder, out, workers)
-        wait_for_lines(process, out, chance.randint(1, 5))
-        time.sleep(chance.random() * 0.05)
-        children = [] if process.poll() is not None else psutil.Process(process.pid).children()
-        kills += process.poll() is None
-        if children and chance.random() < 0.5:
-            chance.choice(children).kill()
-        else:
-            process.kill()
-        process.communicate(timeout=60)
+        victim: Victim = chance.choice(["parent", "worker"])
+        stroke = Stroke(line=chance.randint(1, 5), seconds=chance.random() * 0.05, victim=victim)
+        kills += was_struck(corpus, tokenizer_folder, out, OPTIONS, stroke, workers=workers, range_bytes=RANGE_BYTES)
         if out.exists():  # all was finished before twenty: once more from the beginning
             assert content(out) == clean
             shutil.rmtree(out)
@@ -178,35 +147,28 @@ def test_a_run_killed_between_shards_goes_on(
 ) -> None:
     chance = random.Random(5)
     out = tmp_path / "out"
-    kills = attempts = 0
+    kills = 0
     while not out.exists():
-        attempts += 1
-        assert attempts < 40, "the run makes no progress"
-        process = begin(corpus, tokenizer_folder, out, 1)
-        wait_for_lines(process, out, chance.randint(1, 6), b'"shard"')
-        time.sleep(chance.random() * 0.005)
-        kills += process.poll() is None
-        process.kill()
-        process.communicate()
+        stroke = Stroke(line=chance.randint(1, 3), seconds=chance.random() * 0.005, kind="shard")
+        kills += was_struck(corpus, tokenizer_folder, out, OPTIONS, stroke, range_bytes=RANGE_BYTES)
+        assert kills < 40, "the run makes no progress"
     assert kills > 1
     assert content(out) == clean
 
 
 @pytest.mark.chaos
 def test_a_worker_that_dies_ends_the_job_and_names_its_range(
-    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(3)
     out = tmp_path / "out"
     for _ in range(3):
-        process = begin(corpus, tokenizer_folder, out, 2)
-        wait_for_lines(process, out, chance.randint(3, 15))
-        chance.choice(psutil.Process(process.pid).children()).kill()
-        _, said = process.communicate(timeout=30)
-        assert process.returncode == 1
-        assert b"WorkerError: the worker that encoded " + str(corpus).encode() in said
-        assert b"was ended by SIGKILL" in said
+        at_line(monkeypatch, chance.randint(3, 15), lambda: chance.choice(workers_of_this_process()).kill())
+        with pytest.raises(WorkerError, match="was ended by SIGKILL") as caught:
+            prepare([corpus], tokenizer_folder, out, OPTIONS, workers=2, range_bytes=RANGE_BYTES)
+        assert str(caught.value).startswith(f"the worker that encoded {corpus}")
         assert not out.exists()
+    monkeypatch.undo()
     journal = tmp_path / ".out.partial" / "work" / JOURNAL_NAME
     assert journal.read_bytes().count(b"\n") > 5  # what was finished is kept
     prepare([corpus], tokenizer_folder, out, OPTIONS, workers=2, range_bytes=RANGE_BYTES)
@@ -215,18 +177,21 @@ def test_a_worker_that_dies_ends_the_job_and_names_its_range(
 
 @pytest.mark.chaos
 def test_a_worker_that_hangs_ends_the_job_and_names_its_range(
-    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    process = begin(corpus, tokenizer_folder, out, 2, hang_seconds=2)
-    wait_for_lines(process, out, 5)
-    stopped = psutil.Process(process.pid).children()[0]
-    stopped.suspend()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert b"WorkerError: the worker that encoded " + str(corpus).encode() in said
-    assert b"hangs: it has neither moved nor used the processor for 2 s" in said
-    assert not stopped.is_running()
+    stopped: list[psutil.Process] = []
+
+    def stop_one() -> None:
+        stopped.append(workers_of_this_process()[0])
+        stopped[0].suspend()
+
+    at_line(monkeypatch, 5, stop_one)
+    with pytest.raises(WorkerError, match="hangs: it has neither moved nor used the processor for 3 s") as caught:
+        prepare([corpus], tokenizer_folder, out, OPTIONS, workers=2, range_bytes=RANGE_BYTES, hang_seconds=3)
+    assert str(caught.value).startswith(f"the worker that encoded {corpus}")
+    assert not stopped[0].is_running()
+    monkeypatch.undo()
     prepare([corpus], tokenizer_folder, out, OPTIONS, workers=2, range_bytes=RANGE_BYTES)
     assert content(out) == clean
 
@@ -277,13 +242,18 @@ def test_another_request_says_that_it_discards_what_was_finished(
 
 @pytest.mark.chaos
 def test_workers_end_with_their_parent(tmp_path: Path, corpus: Path, tokenizer_folder: Path) -> None:
-    process = begin(corpus, tokenizer_folder, tmp_path / "out", 2)
-    wait_for_lines(process, tmp_path / "out", 3)
-    workers = psutil.Process(process.pid).children()
-    assert len(workers) == 2
+    stroke = Stroke(line=3, victim="nobody")  # it stands still while it is looked at
+    settings = {"workers": 2, "range_bytes": RANGE_BYTES}
+    process = begin_doomed(corpus, tokenizer_folder, tmp_path / "out", OPTIONS, stroke, **settings)
+    journal = tmp_path / ".out.partial" / "work" / JOURNAL_NAME
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+        assert process.is_alive()
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
     process.kill()
-    process.communicate()
-    gone, alive = psutil.wait_procs(workers, timeout=10)
+    process.join()
+    gone, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ from data_tools.shuffle import ShuffledAssembly, document_keys
 from data_tools.token_shards import open_dataset, verify_dataset
 from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.conftest import write_lines
-from tests.data_tools.test_parallel_prepare import RANGE_BYTES, begin, content, wait_for_lines
+from tests.data_tools.doomed_runs import Stroke, was_struck
+from tests.data_tools.test_parallel_prepare import RANGE_BYTES, content
 
 TEXTS = [f"{number} " + "word " * (number % 40) for number in range(700)]
 OPTIONS = PrepareOptions(
@@ -136,16 +136,12 @@ def test_a_killed_shuffle_goes_on(
     prepare([corpus], tokenizer_folder, tmp_path / "clean", OPTIONS, range_bytes=RANGE_BYTES)
     chance = random.Random(7)
     out = tmp_path / "out"
-    kills = attempts = 0
+    kills = 0
     while not out.exists():
-        attempts += 1
-        assert attempts < 40, "the run makes no progress"
-        process = begin(corpus, tokenizer_folder, out, 1 + attempts % 2, "tests.data_tools.test_shuffle")
-        wait_for_lines(process, out, chance.randint(2, 12))
-        time.sleep(chance.random() * 0.01)
-        kills += process.poll() is None
-        process.kill()
-        process.communicate()
+        stroke = Stroke(line=chance.randint(2, 12), seconds=chance.random() * 0.01)
+        settings = {"workers": 1 + kills % 2, "range_bytes": RANGE_BYTES}
+        kills += was_struck(corpus, tokenizer_folder, out, OPTIONS, stroke, **settings)
+        assert kills < 40, "the run makes no progress"
     assert kills > 1
     assert content(out) == content(tmp_path / "clean")
 

@@ -80,11 +80,13 @@ def test_train_passes_its_words_on(composition: types.ModuleType) -> None:
         return 0
 
     train_that(composition, train)
-    assert run_command_line(["train", "run.yaml", "seed=3", "model.x=1", "--resume", "never"]) == 0
+    assert (
+        run_command_line(["train", "run.yaml", "seed=3", "model.x=1", "--resume", "never", "--time-limit", "2m"]) == 0
+    )
     assert run_command_line(["--local_rank=1", "train", "run.yaml"]) == 0
     assert calls == [
-        (Path("run.yaml"), ["seed=3", "model.x=1"], "never"),
-        (Path("run.yaml"), [], "auto"),
+        (Path("run.yaml"), ["seed=3", "model.x=1"], "never", 120),
+        (Path("run.yaml"), [], "auto", None),
     ]
 
 
@@ -95,6 +97,7 @@ def test_train_passes_its_words_on(composition: types.ModuleType) -> None:
         ["--local_rank=x", "train", "run.yaml"],
         ["--local_rank", "1", "train", "run.yaml"],
         ["train", "run.yaml", "--resum", "auto"],
+        ["train", "run.yaml", "--time-limit", "soon"],
         ["train"],
         ["trian", "run.yaml"],
         ["check", "run.yaml", "--world-size", "0"],

@@ -55,12 +55,21 @@ def cut_fragments(state: State, seed: int) -> list[Fragment]:
 
 def save_state(store: CheckpointStore, step: int, state: State, **changes: Any) -> Path:
     """Save a state in whole tensors with the smallest metadata."""
-    arguments: dict[str, Any] = {
+    return store.save(step, **_stored(step, state, changes))
+
+
+def begin_save(store: CheckpointStore, step: int, state: State, **changes: Any) -> None:
+    """As `save_state`, without waiting."""
+    store.begin(step, **_stored(step, state, changes))
+
+
+def _stored(step: int, state: State, changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "fragments": whole_fragments(state),
         "scalars": {"optimizer_steps": step},
         "progress": {"step": step},
         "metadata": {"parameters": {name: tuple(tensor.shape) for (name, _), tensor in state.items()}},
-    }
-    return store.save(step, changes.pop("fragments", whole_fragments(state)), **(arguments | changes))
+    } | changes
 
 
 def assert_holds(checkpoint: Any, state: State) -> None:

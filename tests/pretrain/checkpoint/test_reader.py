@@ -37,7 +37,7 @@ def publish(folder: Path, fragments: list[Fragment], *, world_size: int = 1, **c
         "scalars": {},
         "progress": {},
         "metadata": {},
-        "files": tuple(files),
+        "files": tuple(written.file for written in files),
     }
     Manifest(**(values | changes)).write(folder)
     return folder

@@ -7,14 +7,16 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO
+from typing import Any
 
 import pytest
 
-from pretrain.checkpoint import durable, folder, fragment_file, manifest, store
+from pretrain.checkpoint import durable, fragment_file, manifest, retention, store
 from pretrain.checkpoint.fragments import Fragment
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.errors import CheckpointError
@@ -49,8 +51,8 @@ def test_a_save_is_published_whole_and_pointed_at(tmp_path: Path) -> None:
     assert "torch" in newest.manifest.versions
 
 
-def test_files_have_bounded_size_and_fragments_are_not_hoarded(tmp_path: Path) -> None:
-    checkpoints = CheckpointStore(tmp_path, file_bytes=300)
+def test_files_have_bounded_size_and_a_synchronous_save_does_not_hoard(tmp_path: Path) -> None:
+    checkpoints = CheckpointStore(tmp_path, file_bytes=300, asynchronous=False)
     state = make_state()
     written_when_asked: list[int] = []
 
@@ -92,11 +94,11 @@ def test_a_crash_between_the_renames_of_a_replacement_loses_nothing(tmp_path: Pa
     assert names(checkpoints) == ["step-00000005", "step-00000006"]
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing may catch it but the test."""
+def fill_disk() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def count_writes(monkeypatch: pytest.MonkeyPatch, fault_at: int | None, fault: BaseException) -> list[int]:
+def count_writes(monkeypatch: pytest.MonkeyPatch, fault_at: int | None, fault: Callable[[], object]) -> list[int]:
     """Make the n-th act on the disk fail (a write, an fsync, a rename); returns the list that counts them."""
     acts: list[int] = []
     write, fsync, rename, replace = fragment_file.write_block, os.fsync, Path.rename, Path.replace
@@ -104,9 +106,9 @@ def count_writes(monkeypatch: pytest.MonkeyPatch, fault_at: int | None, fault: B
     def act() -> None:
         acts.append(1)
         if len(acts) - 1 == fault_at:
-            raise fault
+            fault()
 
-    def failing_write(file: BinaryIO, block: memoryview) -> None:
+    def failing_write(file: FileIO, block: memoryview) -> None:
         act()
         write(file, block)
 
@@ -129,30 +131,32 @@ def count_writes(monkeypatch: pytest.MonkeyPatch, fault_at: int | None, fault: B
     return acts
 
 
+def save_and_die(folder: Path, step: int, act: int) -> int:
+    """Save in a process of its own, killed at the n-th act on the disk; returns its exit status."""
+    child = os.fork()
+    if child == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            count_writes(patch, act, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            save_state(CheckpointStore(folder, file_bytes=300, keep_last=1), step, make_state(2))
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
 @pytest.mark.parametrize("same_step", [False, True])
 def test_a_kill_at_any_act_of_a_save_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_step: bool
 ) -> None:
-    old, new = make_state(1), make_state(2)
-    # kill -9 runs no clean-up, so neither does the test
-    monkeypatch.setattr(store.shutil, "rmtree", lambda path, ignore_errors=False: None)
-    position = 0
-    while True:
-        checkpoints = CheckpointStore(tmp_path / str(position), file_bytes=300)
-        save_state(checkpoints, 1, old)
-        with monkeypatch.context() as patch:
-            count_writes(patch, position, Killed())
-            try:
-                save_state(checkpoints, 1 if same_step else 2, new)
-            except Killed:
-                is_done = False
-            else:
-                is_done = True
-        newest = CheckpointStore(tmp_path / str(position)).newest_valid()
+    monkeypatch.setattr(store, "git_state", lambda folder: None)  # starts a process for each of many stores
+    position, status = 0, -1
+    while status != 0:
+        place = tmp_path / str(position)
+        save_state(CheckpointStore(place, file_bytes=300), 1, make_state(1))
+        status = save_and_die(place, 1 if same_step else 2, position)
+        newest = CheckpointStore(place).newest_valid()
         assert newest is not None, f"nothing is left after a kill at act {position}"
-        assert_holds(newest, new if newest.manifest.sequence == 2 else old)
-        if is_done:
-            break
+        assert_holds(newest, make_state(newest.manifest.sequence))
+        save_state(CheckpointStore(place), 3, make_state(3))  # and what is left is no obstacle
+        assert not list(place.glob(".*"))
         position += 1
     assert newest.manifest.sequence == 2
     assert position > 20
@@ -178,7 +182,7 @@ def test_a_disk_fault_at_any_act_is_one_clear_error_and_harms_nothing(
     refusals: list[CheckpointError] = []
     while not is_done:
         with monkeypatch.context() as patch:
-            acts = count_writes(patch, position, OSError(errno.ENOSPC, "No space left on device"))
+            acts = count_writes(patch, position, fill_disk)
             try:
                 save_state(checkpoints, 2, make_state(2))
                 is_done = len(acts) <= position
@@ -194,7 +198,7 @@ def test_a_disk_fault_at_any_act_is_one_clear_error_and_harms_nothing(
 
 
 def test_an_iterator_is_run_to_its_end_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count_writes(monkeypatch, 0, OSError(errno.ENOSPC, "No space left on device"))
+    count_writes(monkeypatch, 0, fill_disk)
     yielded = []
 
     def watched() -> Iterator[Fragment]:
@@ -283,17 +287,27 @@ def test_retention_deletes_nothing_unless_a_kept_one_reads_back(
 ) -> None:
     checkpoints = CheckpointStore(tmp_path, keep_last=1)
     save_state(checkpoints, 1, make_state(1))
-    publish = folder.publish
+    write = store.write_blocks
 
-    def damaging(staging: Path) -> Path:
-        path = publish(staging)
-        flip_byte(next(iter(path.glob("*.safetensors"))), -1)
-        return path
+    def damaging(*given: Any, **options: Any) -> list[fragment_file.WrittenFile]:
+        written = write(*given, **options)
+        flip_byte(next(iter(tmp_path.glob(".staging-*/*.safetensors"))), -1)
+        return written
 
-    monkeypatch.setattr(store, "publish", damaging)
-    with pytest.raises(CheckpointError, match="does not read back"):
-        save_state(checkpoints, 2, make_state(2))
-    assert names(checkpoints) == ["step-00000001", "step-00000002"]
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_blocks", damaging)
+        with pytest.raises(CheckpointError, match="does not give back"):
+            save_state(checkpoints, 2, make_state(2))
+    assert names(checkpoints) == ["step-00000001"]
+    save_state(checkpoints, 3, make_state(3))
+    assert names(checkpoints) == ["step-00000003"]
+
+
+def test_every_so_many_steps_are_kept(tmp_path: Path) -> None:
+    checkpoints = CheckpointStore(tmp_path, keep_last=1, keep_best=0, keep_every_steps=4)
+    for step in range(2, 11, 2):
+        save_state(checkpoints, step, make_state(step))
+    assert names(checkpoints) == ["step-00000004", "step-00000008", "step-00000010"]
 
 
 def test_a_rejected_newer_step_does_not_push_out_good_ones(tmp_path: Path) -> None:
@@ -322,7 +336,7 @@ def test_a_failed_deletion_is_logged_and_the_save_stands(
     def failing(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(store, "delete", failing)
+    monkeypatch.setattr(retention, "delete", failing)
     with caplog.at_level(logging.WARNING):
         save_state(checkpoints, 2, make_state(2))
     assert "step-00000001 could not be deleted" in caplog.text

@@ -173,7 +173,7 @@ def take_steps(engine: Engine, case: Case, first_step: int = 0, steps: int = STE
         norms.append(float(result.gradient_norm))
         skipped.append(bool(result.skipped))
     evaluation = engine.evaluate(iter(step_batches(case, 1000)))
-    fragments = [(f.name, f.kind, f.shape, f.box, f.start, f.values.numpy().copy()) for f in engine.fragments()]
+    fragments = [(f.name, f.kind, f.shape, f.box, f.start, f.values.cpu().numpy().copy()) for f in engine.fragments()]
     return Outcome(
         losses, norms, skipped, (evaluation.loss_sum, evaluation.target_count), fragments, engine.scalar_state()
     )

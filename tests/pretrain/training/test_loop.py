@@ -21,10 +21,13 @@ from pretrain.models.build import ModelBuilder
 from pretrain.optimization.schedules import build_schedule
 from pretrain.reporting.metrics_file import MetricsFile
 from pretrain.reporting.reporter import Reporter
+from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
 from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
+from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
+from pretrain.training.saving import Saves
 from pretrain.training.stopping import StopRequest
 from tests.pretrain.engines.cases import Case, poison_next_forward, step_batches
 
@@ -46,18 +49,26 @@ def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[Trai
     engine = ScriptedEngine(config, builder, torch.device("cpu"))
     engine.validation_losses = iter(losses)
     plan = build_batch_plan(config.batch, config.schedule, 1)
+    phases = Phases()
+    reporter = Reporter(MetricsFile(folder / "metrics.jsonl"))
     loop = TrainingLoop(
         config=config,
         plan=plan,
         engine=engine,
         schedule=build_schedule(config.schedule, plan),
         validation={"main": lambda: iter(())},
-        reporter=Reporter(MetricsFile(folder / "metrics.jsonl")),
-        store=CheckpointStore(folder / "checkpoints", keep_last=1, keep_best=1),
-        metadata=lambda progress: {"parameters": engine.parameter_shapes()},
+        reporter=reporter,
+        saves=Saves(
+            store=CheckpointStore(folder / "checkpoints", keep_last=1, keep_best=1),
+            engine=engine,
+            reporter=reporter,
+            metadata=lambda progress: {"parameters": engine.parameter_shapes()},
+        ),
         meter=StepMeter(device=torch.device("cpu")),
         guard=Guard(config.guard),
         stop=StopRequest(lambda claim: claim),
+        phases=phases,
+        ledger=GoodputLedger(folder / "goodput.jsonl", phases),
     )
     return loop, engine
 
@@ -69,7 +80,7 @@ def steps_from(step: int) -> Iterator[list[Batch]]:
 
 
 def saved_steps(loop: TrainingLoop) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in loop.store.list()]
+    return [int(path.name.removeprefix("step-")) for path in loop.saves.store.list()]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -81,7 +92,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     progress = loop.run(Progress(), steps_from(0))
     assert (progress.step, progress.best_step, progress.best_validation_loss) == (6, 4, 4.0)
     assert saved_steps(loop) == [4, 6]
-    best = loop.store.best()
+    best = loop.saves.store.best()
     assert best is not None
     assert best.name == "step-00000004"
     training = [line["step"] for line in lines(tmp_path) if "loss" in line]
@@ -111,7 +122,7 @@ def test_a_request_to_stop_saves_and_says_preempted(tmp_path: Path) -> None:
     with pytest.raises(Preempted, match="a test"):
         loop.run(Progress(), asked())
     assert saved_steps(loop) == [2]
-    checkpoint = loop.store.newest_valid()
+    checkpoint = loop.saves.store.newest_valid()
     assert checkpoint is not None
     assert Progress.from_json(checkpoint.manifest.progress).samples_consumed == 16
 

@@ -1,0 +1,68 @@
+"""`--on local` and `--on torchrun`: torchrun on this machine, or one on each of several nodes.
+
+What the rank below it does is rank.py's; how the launcher is watched, supervision.py's.
+"""
+
+from __future__ import annotations
+
+from launch.backends.place import Place, agreed_port, free_port, main_address, own_node_rank, rank_words
+from launch.job import Job
+from launch.rendering import Command, Rendering
+from pretrain.errors import ConfigError, Problem
+
+
+def render_local(job: Job, place: Place) -> Rendering:
+    """Render a job of one node.
+
+    Raises:
+        ConfigError: for a job of several nodes.
+    """
+    if job.nodes > 1:
+        raise ConfigError(
+            Problem(
+                f"nodes is {job.nodes}, and --on local is this machine alone",
+                "nodes: 1",
+                "set nodes=1, or --on torchrun, deepspeed, accelerate, slurm, kubernetes or skypilot",
+            )
+        )
+    port = job.port or free_port()
+    words = (
+        *_torchrun(job, place),
+        *("--nnodes", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)),
+        *("--module", *rank_words(job, place)),
+    )
+    return Rendering(
+        commands=(Command(words=words),),
+        environment=dict(place.environment) | dict(place.travelling),
+        launcher="torchrun",
+        status=place.status(job),
+    )
+
+
+def render_torchrun(job: Job, place: Place) -> Rendering:
+    """Render the command that is started on each of several nodes."""
+    rank, address, port = own_node_rank(job, place), main_address(job), agreed_port(job)
+    hosts = job.named_hosts()
+    local = ("--local-addr", hosts[rank].name) if hosts else ()
+    words = (
+        *_torchrun(job, place),
+        *("--nnodes", str(job.nodes), "--node-rank", str(rank), "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", f"{address}:{port}", "--rdzv-id", job.name, *local),
+        *("--max-restarts", str(job.restarts), "--monitor-interval", "1"),
+        *("--module", *rank_words(job, place)),
+    )
+    # with the shared store, workers that restart look for the keys of another attempt, and hang
+    environment = {**place.environment, **place.travelling, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return Rendering(
+        commands=(Command(words=words),),
+        environment=environment,
+        launcher="torchrun",
+        status=place.status(job),
+        notes=(f"node {rank} of {job.nodes}; start the same on every node, with its own --node-rank",),
+    )
+
+
+def _torchrun(job: Job, place: Place) -> tuple[str, ...]:
+    timeout = f"{job.grace_seconds:.0f}"
+    start = (place.python(job), "-m", "torch.distributed.run", "--nproc-per-node", str(job.gpus_per_node))
+    return (*start, "--shutdown-timeout", timeout, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")

@@ -1,0 +1,94 @@
+"""Runs a rendering: writes its files, starts its commands under supervision, starts again what a new start may mend.
+
+Owns the loop over starts; one start is supervision.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+from launch.job import Job
+from launch.outcome import judge
+from launch.rank import RESTART
+from launch.rank_status import forget
+from launch.rendering import RenderedFile, Rendering
+from launch.supervision import Supervision
+from pretrain.errors import ENDINGS, LaunchError, Problem
+
+
+def execute(job: Job, rendering: Rendering) -> int:
+    """Run the job, or hand it in; returns its exit code.
+
+    Raises:
+        LaunchError: where the back end's own program is not installed.
+    """
+    for command in rendering.commands:
+        if shutil.which(command.words[0], path=rendering.environment.get("PATH")) is None:
+            raise LaunchError(
+                Problem(
+                    f"{command.words[0]} is not on this machine",
+                    "a machine on which the back end's program is installed",
+                    "install it, or write the files with --dry-run and carry them there",
+                )
+            )
+    if rendering.status is not None:
+        rendering.status.mkdir(parents=True, exist_ok=True)
+    if rendering.launcher is not None and rendering.status is not None:
+        forget(rendering.status)
+    for file in rendering.files:
+        write(file)
+    if rendering.launcher is None or rendering.status is None:
+        return _hand_in(rendering)
+    return _supervise(job, rendering)
+
+
+def write(file: RenderedFile) -> None:
+    """Write a file in one step, never readable by more people than it should be."""
+    file.path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.path.with_name(f".{file.path.name}.{os.getpid()}")
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, file.mode)
+    with open(descriptor, "w", encoding="utf-8") as output:
+        output.write(file.text)
+    os.chmod(unfinished, file.mode)
+    os.replace(unfinished, file.path)
+
+
+def _hand_in(rendering: Rendering) -> int:
+    for command in rendering.commands:
+        environment = {**rendering.environment, **command.environment}
+        code = subprocess.run(command.words, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+def _supervise(job: Job, rendering: Rendering) -> int:
+    assert rendering.launcher is not None
+    assert rendering.status is not None
+    (command,) = rendering.commands
+    for restart in range(job.restarts + 1):
+        environment = {**rendering.environment, **command.environment, RESTART: str(restart)}
+        supervision = Supervision(
+            status=rendering.status,
+            grace_seconds=job.grace_seconds,
+            launcher=rendering.launcher,
+            time_limit_seconds=job.time_limit_seconds,
+        )
+        outcome = judge(rendering.status, supervision.run([(command.words, environment)]))
+        if outcome.paragraph:
+            print(f"\n{outcome.paragraph}", file=sys.stderr, flush=True)
+        restarts_are_ours = "--max-restarts" not in command.words
+        is_last = restart == job.restarts or supervision.stopped_for is not None or not restarts_are_ours
+        if is_last or not start_helps(outcome.code):
+            return outcome.code
+        print(f"Starting again: {restart + 1} of {job.restarts}.", file=sys.stderr, flush=True)
+        forget(rendering.status)
+    raise AssertionError("the last start returns")
+
+
+def start_helps(code: int) -> bool:
+    """Whether the same job, started again, may end better; deaths by a signal have no entry of their own."""
+    return next((ending.restart_helps for known, ending in ENDINGS.items() if known == code), True)

@@ -1,0 +1,1 @@
+"""`pretrain doctor`: is this machine, are all nodes, fit for a run?"""

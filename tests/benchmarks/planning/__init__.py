@@ -1,0 +1,1 @@
+"""How good the planner's predictions are, and where its constants come from."""

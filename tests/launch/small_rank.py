@@ -1,0 +1,44 @@
+"""A rank for tests of what is around ranks: does what its words say, in the time that an interpreter takes.
+
+Words: `sleep`, `fail-if=RANK:CODE`, `raise-if=RANK:TEXT`, `say=VARIABLE`, `ready=PATH` and `child=PATH` (a process that
+would outlive it), which write PATH-RANK, `stubborn` (ignores SIGTERM), `saves` (ends with 75 after SIGTERM).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SAVE_SECONDS = 0.5
+
+
+def main() -> None:
+    rank = os.environ.get("RANK", "0")
+    for word in sys.argv[1:]:
+        name, _, value = word.partition("=")
+        who, _, what = value.partition(":")
+        if name == "say":
+            print(f"{value} is {os.environ.get(value)}", flush=True)
+        elif name == "child":
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            Path(f"{value}-{rank}").write_text(str(child.pid), encoding="utf-8")
+        elif name == "stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        elif name == "saves":
+            signal.signal(signal.SIGTERM, lambda *_: (time.sleep(SAVE_SECONDS), os._exit(75)))
+        elif name == "ready":
+            Path(f"{value}-{rank}").touch()
+        elif name == "fail-if" and who == rank:
+            sys.exit(int(what))
+        elif name == "raise-if" and who == rank:
+            raise RuntimeError(what)
+        elif name == "sleep":
+            time.sleep(float(value or 600))
+
+
+if __name__ == "__main__":
+    main()
