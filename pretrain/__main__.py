@@ -76,6 +76,9 @@ def samples(
     overrides: Overrides = None,
     step: Annotated[int, typer.Option("--step", min=1, help="The step, as in metrics.jsonl.")] = 1,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Rows of it to show.")] = 4,
+    taken_back: Annotated[
+        bool, typer.Option("--taken-back", help="Show the rows it went wrong with before the run rolled back.")
+    ] = False,
 ) -> None:
     """Show the rows that a step trains on.
 
@@ -83,7 +86,7 @@ def samples(
     """
     from pretrain.samples import sample_lines
 
-    for line in sample_lines(run, overrides or [], step=step, count=rows):
+    for line in sample_lines(run, overrides or [], step=step, count=rows, taken_back=taken_back):
         print(line)
 
 

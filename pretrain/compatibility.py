@@ -23,6 +23,7 @@ Feature = Literal[
     "ZeRO stage 3",
     "precision fp16",
     "guard.on_non_finite stop",
+    "guard.on_non_finite rollback",
     "tensor parallelism",
     "pipeline parallelism",
     "sequence parallelism",
@@ -70,6 +71,7 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "ZeRO stage 3": lambda run: run.config.parallel.zero_stage == 3,
     "precision fp16": lambda run: run.config.precision == "fp16",
     "guard.on_non_finite stop": lambda run: run.config.guard.on_non_finite == "stop",
+    "guard.on_non_finite rollback": lambda run: run.config.guard.on_non_finite == "rollback",
     "tensor parallelism": lambda run: run.config.parallel.tensor > 1,
     "pipeline parallelism": lambda run: run.config.parallel.pipeline > 1,
     "sequence parallelism": lambda run: run.config.parallel.sequence > 1,
@@ -318,6 +320,11 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("engine plain", "ZeRO stage 3"): _NO_SHARDING,
     ("precision fp16", "guard.on_non_finite stop"): Refusal(
         reason="fp16 finds its loss scale by steps that overflow and are skipped, so the run would stop at once",
+        allowed="guard.on_non_finite: skip",
+        change="set guard.on_non_finite=skip, or precision=bf16",
+    ),
+    ("precision fp16", "guard.on_non_finite rollback"): Refusal(
+        reason="fp16 finds its loss scale by steps that overflow and are skipped, so the run would go back each time",
         allowed="guard.on_non_finite: skip",
         change="set guard.on_non_finite=skip, or precision=bf16",
     ),

@@ -215,9 +215,19 @@ class ReportingSection(Section):
 class GuardSection(Section):
     """What happens when a step goes wrong."""
 
-    on_non_finite: Literal["skip", "stop"] = "skip"
-    max_skipped_in_a_row: int = Field(default=10, ge=1)  # then the run ends as diverged
-    on_spike: Literal["ignore", "warn"] = "warn"
+    # skip: leave the weights as they are, and roll back once too many steps in a row were skipped
+    on_non_finite: Literal["skip", "rollback", "stop"] = "skip"
+    max_skipped_in_a_row: int = Field(default=10, ge=1)  # then the run rolls back
+    # of the loss or the gradient norm; skip: an update whose gradient norm is a spike is not applied
+    on_spike: Literal["ignore", "warn", "skip", "rollback"] = "warn"
+    spike_score: float = Field(default=8.0, gt=0)  # robust deviations above the median of the window
+    spike_window_steps: int = Field(default=128, ge=32)
+    spikes_before_rollback: int = Field(default=3, ge=1)  # in a row
+    rollback_margin_steps: int = Field(
+        default=0, ge=0
+    )  # before and after the bad ones, whose rows are left out as well
+    max_rollbacks: int = Field(default=3, ge=0)  # to one checkpoint, then the run ends as diverged
+    max_rollbacks_of_run: int = Field(default=30, ge=0)
     stop_margin_seconds: float = Field(default=60, ge=0)  # kept before a time limit besides the last step and save
 
 

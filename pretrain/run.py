@@ -6,9 +6,8 @@ The only file that knows all parts. Decides nothing itself; importing it imports
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from pretrain.checkpoint.resume import choose_checkpoint
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, save_config
 from pretrain.data import tokenizer_folder
-from pretrain.data.ledger import ledger, ledger_values, order_record, require_enough, require_same_past
-from pretrain.data.loader import TrainingLoader, evaluation_batches
+from pretrain.data.ledger import ledger, ledger_values, order_record, require_enough
+from pretrain.data.loader import TrainingLoader
 from pretrain.data.open_datasets import OpenedData, open_datasets
 from pretrain.data.training_rows import TrainingRows
 from pretrain.distributed import Place
@@ -36,7 +35,6 @@ from pretrain.inference.evaluate import Measured, evaluate_source
 from pretrain.inference.generate import Sampling, generate_from
 from pretrain.inference.load import is_hugging_face_folder
 from pretrain.logs import start_logging
-from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.flops import peak_flops
 from pretrain.optimization.schedules import build_schedule
@@ -44,13 +42,16 @@ from pretrain.reporting.record import Outcome
 from pretrain.reporting.reporter import Reporter, build_reporter
 from pretrain.reporting.wandb_destination import require_wandb
 from pretrain.run_plan import RunPlan, load_and_plan
-from pretrain.training import goodput
+from pretrain.run_rows import samples_of, training_rows, validation_sets
+from pretrain.training import goodput, incidents
 from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
+from pretrain.training.incidents import IncidentFile, read_incidents
 from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
 from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
+from pretrain.training.rollback import RollBack, Timeline, describe, find_good_checkpoint, require_allowed
 from pretrain.training.saving import Saves
 from pretrain.training.stopping import StopRequest, Wish, refuse_stop_file, stop_file_wish, time_limit_wish
 from pretrain.training.time_limit import find_time_limits
@@ -72,6 +73,7 @@ class _Parts:
     stop: StopRequest
     phases: Phases
     ledger: GoodputLedger
+    incidents: IncidentFile
 
 
 def train(config_path: Path, overrides: list[str], resume: str, time_limit_seconds: int | None = None) -> int:
@@ -151,7 +153,10 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         asynchronous=config.checkpoint.asynchronous,
     )
     checkpoint = choose_checkpoint(store, resume)
-    rows = _training_rows(config, plan, data, checkpoint)
+    incident_file = IncidentFile(config.folder / incidents.FILE_NAME if place.is_main_process else None)
+    if checkpoint is None:
+        incident_file.set_aside()
+    rows = training_rows(config, plan, data, checkpoint)
     if place.is_main_process:
         save_config(config, config.folder / "config.yaml")
         tokenizer_folder.keep_tokenizer(data.training[0], config.data.tokenizer, config.folder)
@@ -168,15 +173,16 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         stop=stop,
         phases=phases,
         ledger=ledger,
+        incidents=incident_file,
     )
     outcome: Outcome = "failed"
     with ExitStack() as closing:
         closing.callback(engine.close)
-        progress = _restore(engine, checkpoint)
+        progress = replace(_restore(engine, checkpoint), skipped_windows=rows.skipped)
         ledger.start(step=progress.step, launched_at=distributed.launched_at(), world_size=place.world_size)
         closing.callback(lambda: ledger.end(outcome))
         try:
-            progress = _run_from(parts, progress, checkpoint)
+            progress = _run_to_the_end(parts, progress, checkpoint)
         except Preempted:
             outcome = "stopped"
             raise
@@ -184,6 +190,54 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
             phases.enter("end", phases.now.step)
         outcome = "finished"
     return progress
+
+
+def _run_to_the_end(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) -> Progress:
+    """Train, and go back to the last good checkpoint as often as the guard asks for it and may."""
+    timeline = Timeline.of(parts.store, checkpoint)
+    while True:
+        try:
+            return _run_from(parts, progress, checkpoint)
+        except RollBack as wish:
+            parts, checkpoint = _roll_back(parts, timeline, wish)
+            progress = Progress.from_json(checkpoint.manifest.progress)
+            progress = replace(progress, skipped_windows=parts.rows.skipped)
+
+
+def _roll_back(parts: _Parts, timeline: Timeline, wish: RollBack) -> tuple[_Parts, Checkpoint]:
+    """Put the engine where the newest good checkpoint stands, and leave out the rows that led astray. Collective.
+
+    Raises:
+        DivergedError: where there is no such checkpoint, or the guard has gone back too often.
+    """
+    config = parts.config
+    with parts.phases.inside("rollback"):
+        parts.store.finish()
+        checkpoint = find_good_checkpoint(parts.store, timeline, wish)
+        earlier = distributed.broadcast_json(list(read_incidents(config.folder / incidents.FILE_NAME)))
+        require_allowed(wish, config.guard, earlier, checkpoint)
+        assert checkpoint is not None, "require_allowed refuses it"
+        incident = describe(
+            wish,
+            checkpoint,
+            parts.rows.order_place,
+            margin_rows=config.guard.rollback_margin_steps * parts.plan.batch.global_batch_size,
+            first_allowed=Progress.from_json(checkpoint.manifest.progress).samples_consumed,
+        )
+        parts.incidents.append(incident)
+        first, end = incident["window"]
+        rows = parts.rows.leaving_out([(first, end)])
+        require_enough(rows, samples_of(config, parts.plan))
+        parts.engine.restore(checkpoint)
+        parts.phases.replays_until = max(parts.phases.replays_until, parts.phases.now.step)
+    logger.warning(
+        "%s: went back to the checkpoint of step %d; rows %d to %d of the sample order are left out from now on",
+        wish.reason,
+        checkpoint.manifest.step,
+        first,
+        end - 1,
+    )
+    return replace(parts, rows=rows), checkpoint
 
 
 def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) -> Progress:
@@ -203,21 +257,25 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
             workers=config.data.workers,
             prefetch_micro_batches=config.data.prefetch_micro_batches,
         )
+        guard = Guard(config.guard, record=parts.incidents.append, order_place=parts.rows.order_place)
+        if checkpoint is not None and "guard" in checkpoint.manifest.metadata:
+            guard.restore(checkpoint.manifest.metadata["guard"])
         loop = TrainingLoop(
             config=config,
             plan=plan.batch,
             engine=parts.engine,
             schedule=build_schedule(config.schedule, plan.batch),
-            validation=_validation_sets(config, plan, parts.data, data_rank),
+            validation=validation_sets(config, plan, parts.data, data_rank),
             reporter=reporter,
             saves=Saves(
                 store=parts.store,
                 engine=parts.engine,
                 reporter=reporter,
-                metadata=partial(_metadata, parts, reporter),
+                metadata=partial(_metadata, parts, reporter, guard),
+                phases=parts.phases,
             ),
             meter=_build_meter(plan, place.device, progress),
-            guard=Guard(config.guard),
+            guard=guard,
             stop=parts.stop,
             phases=parts.phases,
             ledger=parts.ledger,
@@ -225,40 +283,15 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
         )
         try:
             progress = loop.run(progress, closing.enter_context(loader))
-        except Preempted:
+        except (Preempted, RollBack):
             outcome = "stopped"
             raise
         outcome = "finished"
     return progress
 
 
-def _training_rows(config: RunConfig, plan: RunPlan, data: OpenedData, checkpoint: Checkpoint | None) -> TrainingRows:
-    """The rows of the run; refused where they run out, or where a checkpoint was trained on another order of them."""
-    rows = TrainingRows(data.training, seed=config.seed, phases=data.phases, fill_in_the_middle=data.fill_in_the_middle)
-    require_enough(rows, plan.batch.step_to_samples(config.schedule.stop_at_step or plan.batch.total_steps))
-    if checkpoint is not None and (recorded := checkpoint.manifest.metadata.get("data_order")):
-        require_same_past(rows, recorded, Progress.from_json(checkpoint.manifest.progress).samples_consumed)
-    return rows
-
-
 def _data_values(rows: TrainingRows, progress: Progress) -> dict[str, float | int]:
     return ledger_values(rows, progress.samples_consumed)
-
-
-def _validation_sets(
-    config: RunConfig, plan: RunPlan, data: OpenedData, data_rank: int
-) -> dict[str, Callable[[], Iterator[Batch]]]:
-    return {
-        name: partial(
-            evaluation_batches,
-            source,
-            micro_batch_size=config.batch.micro_batch_size,
-            rank=data_rank,
-            data_parallel_size=plan.batch.data_parallel_size,
-            max_rows=config.evaluation.max_rows,
-        )
-        for name, source in data.validation.items()
-    }
 
 
 def _build_reporter(config: RunConfig, place: Place, progress: Progress, checkpoint: Checkpoint | None) -> Reporter:
@@ -312,7 +345,7 @@ def _restore(engine: Engine, checkpoint: Checkpoint | None) -> Progress:
     return progress
 
 
-def _metadata(parts: _Parts, reporter: Reporter, progress: Progress) -> dict[str, Any]:
+def _metadata(parts: _Parts, reporter: Reporter, guard: Guard, progress: Progress) -> dict[str, Any]:
     """What a checkpoint's manifest holds besides the engine's and the loop's numbers."""
     engine, rows = parts.engine, parts.rows
     manifest = parts.data.training[0].dataset.manifest
@@ -327,6 +360,7 @@ def _metadata(parts: _Parts, reporter: Reporter, progress: Progress) -> dict[str
         },
         "data_ledger": {name: asdict(given) for name, given in ledger(rows, progress.samples_consumed).items()},
         "data_order": order_record(rows, progress.samples_consumed),
+        "guard": guard.state(),
         "trackers": reporter.tracker_state(),
         "run_config": parts.config.model_dump(mode="json"),
     }

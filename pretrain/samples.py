@@ -1,12 +1,14 @@
 """`pretrain samples`: the rows of a step as they are trained on, with their sources, and what the run has read by then.
 
-Works from the configuration and the datasets alone: the order is computed, so nothing has to be trained or saved first.
+Works from the configuration and the datasets: the order is computed, so nothing has to be trained or saved first. Of a
+run folder it takes what was left out after rollbacks.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,8 +16,11 @@ from pretrain.batch_plan import build_batch_plan
 from pretrain.config import load_config
 from pretrain.data.ledger import ledger
 from pretrain.data.open_datasets import open_datasets
+from pretrain.data.skipped_windows import Window, merge_windows, order_place
 from pretrain.data.training_rows import Location, TrainingRows
-from pretrain.errors import ConfigError, Problem
+from pretrain.errors import CheckpointError, ConfigError, Problem
+from pretrain.training.incidents import FILE_NAME as INCIDENTS
+from pretrain.training.incidents import ROLLBACK, Incident, read_incidents, windows_from
 
 if TYPE_CHECKING:
     from data_tools.token_shards import Row
@@ -28,7 +33,9 @@ class _Decoder(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = ...) -> str: ...
 
 
-def sample_lines(run: Path, overrides: Sequence[str], *, step: int, count: int) -> Iterator[str]:
+def sample_lines(
+    run: Path, overrides: Sequence[str], *, step: int, count: int, taken_back: bool = False
+) -> Iterator[str]:
     """Describe the first rows of the update that metrics.jsonl calls this step.
 
     Args:
@@ -36,6 +43,7 @@ def sample_lines(run: Path, overrides: Sequence[str], *, step: int, count: int) 
         overrides: changes to the configuration.
         step: from 1.
         count: rows shown at most.
+        taken_back: show the rows with which this step went wrong before the run rolled back.
 
     Raises:
         ConfigError: there is no such step, or the configuration is wrong.
@@ -57,7 +65,55 @@ def sample_lines(run: Path, overrides: Sequence[str], *, step: int, count: int) 
         opened.training, seed=config.seed, phases=opened.phases, fill_in_the_middle=opened.fill_in_the_middle
     )
     decoder = _decoder(rows, config.data.tokenizer)
+    known = list(read_incidents(run / INCIDENTS)) if run.is_dir() else []
+    if run.is_dir():
+        rows = rows.leaving_out(_skipped_windows(run, known))
+    if taken_back:
+        yield from _describe_taken_back(rows, [one for one in known if one["kind"] == ROLLBACK], step, count, decoder)
+        return
+    for incident in known:
+        last_step = incident["last_step"] if incident["kind"] == ROLLBACK else incident["step"]
+        if incident["step"] <= step <= last_step:
+            yield _sentence(incident)
     yield from _describe(rows, plan.step_to_samples(step - 1), plan.step_to_samples(step), count, decoder)
+
+
+def _skipped_windows(run: Path, known: Sequence[Incident]) -> tuple[Window, ...]:
+    """What the run has left out: as its newest readable checkpoint says, and rollbacks since."""
+    from pretrain.checkpoint.folder import list_checkpoints
+    from pretrain.checkpoint.manifest import read_manifest
+
+    for path in reversed(list_checkpoints(run / "checkpoints")):
+        with suppress(CheckpointError):
+            progress = read_manifest(path).progress
+            recorded = merge_windows((first, end) for first, end in progress.get("skipped_windows", []))
+            return windows_from(known, recorded, order_place(progress["samples_consumed"], recorded))
+    return windows_from(known, (), 0)
+
+
+def _sentence(incident: Incident) -> str:
+    first, end = incident["rows"]
+    if incident["kind"] != ROLLBACK:
+        return f"step {incident['step']} ({incident['kind']}) was tried with rows {first:,} to {end - 1:,} of the order"
+    return (
+        f"{incident['reason']}: rolled back to step {incident['checkpoint_step']}; rows {incident['window'][0]:,} to "
+        f"{incident['window'][1] - 1:,} of the order were left out (--taken-back shows them)"
+    )
+
+
+def _describe_taken_back(
+    rows: TrainingRows, rollbacks: Sequence[Incident], step: int, count: int, decoder: _Decoder | None
+) -> Iterator[str]:
+    """The rows of every rollback whose bad steps hold this one."""
+    import numpy as np
+
+    for incident in rollbacks:
+        if incident["step"] <= step <= incident["last_step"]:
+            yield _sentence(incident)
+            first, end = incident["rows"]
+            places = rows.locate_in_order(np.arange(first, min(end, first + count)))
+            for number, place, row in zip(range(first, end), places, rows.read(places), strict=False):
+                yield from _describe_row(rows, f"place {number}", place, row, decoder)
 
 
 def _describe(rows: TrainingRows, first: int, stop: int, count: int, decoder: _Decoder | None) -> Iterator[str]:
@@ -68,14 +124,12 @@ def _describe(rows: TrainingRows, first: int, stop: int, count: int, decoder: _D
         yield f"  {name}: {given.rows:,} rows, {given.tokens:,} tokens, {given.epochs:.3f} epochs"
     places = rows.locate(np.arange(first, min(stop, first + count)))
     for sample, place, row in zip(range(first, stop), places, rows.read(places), strict=False):
-        yield from _describe_row(rows, sample, place, row, decoder)
+        yield from _describe_row(rows, f"sample {sample}", place, row, decoder)
 
 
-def _describe_row(
-    rows: TrainingRows, sample: int, place: Location, row: Row, decoder: _Decoder | None
-) -> Iterator[str]:
+def _describe_row(rows: TrainingRows, title: str, place: Location, row: Row, decoder: _Decoder | None) -> Iterator[str]:
     name = rows.sources[place.source].name
-    yield f"=== sample {sample}: {name}, row {place.row}, epoch {place.epoch}: {row.used} tokens ==="
+    yield f"=== {title}: {name}, row {place.row}, epoch {place.epoch}: {row.used} tokens ==="
     for start, stop in zip(row.starts.tolist(), [*row.starts[1:].tolist(), row.used], strict=True):
         yield f"--- document or piece at {start} ({stop - start} tokens) ---"
         ids = row.tokens[start:stop].tolist()

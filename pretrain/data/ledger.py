@@ -26,7 +26,7 @@ class Given:
 
 def ledger(rows: TrainingRows, samples_consumed: int) -> dict[str, Given]:
     """What each source, by name, has given once so many samples were read in all."""
-    counts = rows.mixture.consumed(samples_consumed)
+    counts = rows.consumed(samples_consumed)
     return {
         source.name: Given(rows=count, tokens=count * rows.sequence_length, epochs=count / source.rows)
         for source, count in zip(rows.sources, counts, strict=True)
@@ -58,10 +58,11 @@ def require_enough(rows: TrainingRows, total_samples: int) -> None:
     Raises:
         DataError: with the number of tokens that there are.
     """
-    available = rows.mixture.available(total_samples)
-    if available == total_samples:
+    total = rows.order_place(total_samples)
+    available = rows.mixture.available(total)
+    if available == total:
         return
-    tokens, wanted = available * rows.sequence_length, total_samples * rows.sequence_length
+    tokens, wanted = available * rows.sequence_length, total * rows.sequence_length
     limited = ", ".join(source.name for source in rows.sources if source.row_limit is not None)
     raise DataError(
         Problem(
@@ -80,7 +81,7 @@ def order_record(rows: TrainingRows, samples_consumed: int) -> dict[str, Any]:
         "sources": [{"name": source.name, "rows": source.rows} for source in rows.sources],
         "segments": [
             {"first_sample": segment.first_sample, "weights": list(segment.weights)}
-            for segment in rows.mixture.segments_before(samples_consumed)
+            for segment in rows.mixture.segments_before(rows.order_place(samples_consumed))
         ],
     }
 
@@ -95,7 +96,7 @@ def require_same_past(rows: TrainingRows, recorded: Mapping[str, Any], samples_c
         ConfigError: with every difference.
     """
     ours = order_record(rows, samples_consumed)
-    given = rows.mixture.consumed(samples_consumed)
+    given = rows.consumed(samples_consumed)
     problems = list(_differences(ours, recorded, given))
     if not problems and _padded(recorded, len(given)) != ours["segments"]:
         tokens = samples_consumed * rows.sequence_length

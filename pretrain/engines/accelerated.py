@@ -19,6 +19,7 @@ from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
+from pretrain.optimization.gradient_gate import GradientGate
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.optimization.update import clip_and_step
 from pretrain.random_streams import stream_seed
@@ -43,6 +44,7 @@ class AcceleratedEngine:
         self._optimizer = build_optimizer(
             ((name, weight.values) for name, weight in self._weights.items()), config.optimizer
         )
+        self._gate = GradientGate(config.guard, device)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
@@ -60,17 +62,26 @@ class AcceleratedEngine:
                 objective = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
                 self._held.backward(objective, is_last=is_last)
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
+        self._gate.open_step()
         norm = self._update()
         loss, z_loss = distributed.all_reduce_sum(sums) / targets
         routers = self._model.routers
         counters = routers.report(distributed.all_reduce_sum, targets) if routers else {}
-        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=~norm.isfinite(), counters=counters)
+        spike = self._gate.is_spike
+        return StepResult(
+            loss=loss,
+            z_loss=z_loss,
+            gradient_norm=norm,
+            skipped=~norm.isfinite() | spike,
+            spike=spike,
+            counters=counters,
+        )
 
     def _update(self) -> torch.Tensor:
         norm = torch.nn.utils.get_total_norm(self._held.collect_gradients())
         if self._held.is_sharded:
             norm = distributed.all_reduce_sum(norm.square()).sqrt()
-        clip_and_step(self._optimizer, norm, self._config.optimizer.clip_norm)
+        clip_and_step(self._optimizer, norm, self._config.optimizer.clip_norm, self._gate)
         self._held.drop_gradients()
         return norm
 
@@ -126,11 +137,12 @@ class AcceleratedEngine:
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""
         steps = [state["step"] for state in self._optimizer.state.values()]
-        return {"optimizer_steps": int(steps[0]) if steps else 0}
+        return {"optimizer_steps": int(steps[0]) if steps else 0, **self._gate.state()}
 
     @torch.no_grad()
     def restore(self, state: LogicalState) -> None:
         """See Engine."""
+        self._gate.restore(state.scalars)
         steps = float(state.scalars["optimizer_steps"])
         for name, weight in self._weights.items():
             first, values = self._first_element(name), weight.values

@@ -24,7 +24,10 @@ class StepResult:
     loss: torch.Tensor
     z_loss: torch.Tensor  # scalar, mean of logsumexp(logits)^2 over the same tokens, unweighted
     gradient_norm: torch.Tensor  # scalar, global L2 norm before clipping
-    skipped: torch.Tensor | bool  # true where a non-finite gradient left every weight as it was
+    skipped: (
+        torch.Tensor | bool
+    )  # true where a gradient, not finite or held back as a spike, left every weight as it was
+    spike: torch.Tensor | bool = False  # true where its norm was a spike and the run holds such updates back
     counters: Mapping[str, float | torch.Tensor] = field(default_factory=dict)  # such as loss_scale, router/load_max
 
 

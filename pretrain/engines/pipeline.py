@@ -31,6 +31,7 @@ from pretrain.models.build import ModelBuilder
 from pretrain.models.pipeline_layers import describe_whole
 from pretrain.models.pipeline_stages import is_bidirectional, partition_run, stages_of_rank
 from pretrain.models.sharding import shard_of
+from pretrain.optimization.gradient_gate import GradientGate
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.topology import Topology
 
@@ -78,8 +79,11 @@ class PipelineEngine:
             )
         self._state = (PartitionedState if self._stage else ReplicatedState)(self._engine, self._parameters)
         self._norm = torch.zeros((), device=device)
+        self._gate = GradientGate(config.guard, device)
         if self._stage == 0:
             optimizer.register_step_pre_hook(lambda optimizer, *_: self._clip(optimizer))
+        else:
+            self._gate.watch(optimizer, lambda: self._engine.optimizer._global_grad_norm)
 
     def _settings(self, accumulation: int, file_values: Mapping[str, Any]) -> dict[str, Any]:
         settings = build_deepspeed_config(
@@ -111,14 +115,13 @@ class PipelineEngine:
             weight=data_ranks * len(micro_batches) / targets,
             dropout=lambda place: (step, place * data_ranks + self._place.data),
         )
+        self._gate.open_step()
         engine.train_batch(data_iter=self._rows(micro_batches))
         loss, z_loss = self._sum_over_ranks(self._feed.sums) / targets
-        if self._stage == 0:
-            return StepResult(
-                loss=loss, z_loss=z_loss, gradient_norm=self._norm, skipped=~self._norm.isfinite(), counters={}
-            )
-        norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32)
-        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=not engine.was_step_applied())
+        norm = self._norm if self._stage == 0 else torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32)
+        not_finite = ~norm.isfinite() if self._stage == 0 else not engine.was_step_applied()
+        spike = self._gate.is_spike
+        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=not_finite | spike, spike=spike)
 
     @property
     def _ranks_of_one_model(self) -> int:
@@ -153,7 +156,8 @@ class PipelineEngine:
         self._norm = total.sqrt()
         clip = self._config.optimizer.clip_norm
         scale = torch.clamp((self._norm + 1e-6) / clip, min=1.0) if clip else torch.ones_like(self._norm)
-        vars(optimizer).update(grad_scale=scale, found_inf=(~self._norm.isfinite()).float())
+        held_back = ~self._norm.isfinite() | self._gate.judge(self._norm)
+        vars(optimizer).update(grad_scale=scale, found_inf=held_back.float())
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
@@ -204,11 +208,12 @@ class PipelineEngine:
 
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""
-        return {"optimizer_steps": self._state.steps()}
+        return {"optimizer_steps": self._state.steps(), **self._gate.state()}
 
     @torch.no_grad()
     def restore(self, state: LogicalState) -> None:
         """See Engine."""
+        self._gate.restore(state.scalars)
         self._state.create_moments(steps=state.scalars["optimizer_steps"])
         held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs()
         for run in held:

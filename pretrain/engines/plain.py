@@ -17,6 +17,7 @@ from pretrain.engines.base import EvaluationResult, StepResult
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
+from pretrain.optimization.gradient_gate import GradientGate
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.optimization.update import clip_and_step
 from pretrain.random_streams import stream_seed
@@ -37,6 +38,7 @@ class PlainEngine:
         self._masters = _MasterWeights(self._weights) if config.precision == "bf16" else None
         updated = self._masters.by_name if self._masters else self._weights
         self._optimizer = build_optimizer(updated.items(), config.optimizer)
+        self._gate = GradientGate(config.guard, device)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
@@ -48,11 +50,20 @@ class PlainEngine:
             loss_sum, z_loss_sum = self._model(batch.to(self._device))
             ((loss_sum + self._config.loss.z_loss * z_loss_sum) / max(1, targets)).backward()
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
+        self._gate.open_step()
         norm = self._update()
         loss, z_loss = sums / max(1, targets)
         routers = self._model.routers
         counters = routers.report(lambda sums: sums, max(1, targets)) if routers else {}
-        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=~norm.isfinite(), counters=counters)
+        spike = self._gate.is_spike
+        return StepResult(
+            loss=loss,
+            z_loss=z_loss,
+            gradient_norm=norm,
+            skipped=~norm.isfinite() | spike,
+            spike=spike,
+            counters=counters,
+        )
 
     def _update(self) -> torch.Tensor:
         """Clip and step inside one fused kernel; a non-finite norm makes it change nothing, without a host wait."""
@@ -60,7 +71,7 @@ class PlainEngine:
         if self._masters:
             self._masters.complete_gradients()
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in updated if weight.grad is not None])
-        clip_and_step(self._optimizer, norm, self._config.optimizer.clip_norm)
+        clip_and_step(self._optimizer, norm, self._config.optimizer.clip_norm, self._gate)
         if self._masters:
             self._masters.publish()
         else:
@@ -103,11 +114,12 @@ class PlainEngine:
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""
         steps = [state["step"] for state in self._optimizer.state.values()]
-        return {"optimizer_steps": int(steps[0]) if steps else 0}
+        return {"optimizer_steps": int(steps[0]) if steps else 0, **self._gate.state()}
 
     @torch.no_grad()
     def restore(self, state: LogicalState) -> None:
         """See Engine."""
+        self._gate.restore(state.scalars)
         steps = float(state.scalars["optimizer_steps"])
         for name, weight in (self._masters.by_name if self._masters else self._weights).items():
             weight.copy_(state.read(name, MASTER))

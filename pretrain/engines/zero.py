@@ -32,6 +32,7 @@ from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
 from pretrain.models.sharding import logical_shape, shard_of
+from pretrain.optimization.gradient_gate import GradientGate
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.random_streams import stream_seed
 from pretrain.topology import Topology
@@ -100,9 +101,15 @@ class ZeroEngine:
         self._averaged = self._ranks * (config.parallel.sequence if self._stage in (0, 3) else 1)
         self._parameters = parameters
         self._state = zero_state(self._stage, self._engine, parameters)
-        self._clipper = _Clipper(self._state, parameters, self._slice_holders(), config.optimizer.clip_norm)
+        self._gate = GradientGate(config.guard, device)
+        self._clipper = _Clipper(self._state, parameters, self._slice_holders(), config.optimizer.clip_norm, self._gate)
+        self._watch_updates(optimizer)
+
+    def _watch_updates(self, optimizer: torch.optim.Optimizer) -> None:
         if self._stage == 0:
             optimizer.register_step_pre_hook(self._clipper)
+        else:
+            self._gate.watch(optimizer, lambda: self._engine.optimizer._global_grad_norm)
 
     def _slice_holders(self) -> TensorRanks | ExpertRanks | None:
         """The ranks that hold other slices of what this one has slices of."""
@@ -128,10 +135,16 @@ class ZeroEngine:
             loss = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
             engine.backward(loss, scale_wrt_gas=False)
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
+        self._gate.open_step()
         norm, skipped = self._update()
         loss, z_loss = self._sum_over_data(sums) / targets
         return StepResult(
-            loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=skipped, counters=self._counters(targets)
+            loss=loss,
+            z_loss=z_loss,
+            gradient_norm=norm,
+            skipped=skipped | self._gate.is_spike,
+            spike=self._gate.is_spike,
+            counters=self._counters(targets),
         )
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor | bool]:
@@ -192,7 +205,7 @@ class ZeroEngine:
 
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""
-        scalars: dict[str, Any] = {"optimizer_steps": self._state.steps()}
+        scalars: dict[str, Any] = {"optimizer_steps": self._state.steps(), **self._gate.state()}
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if self._config.precision == "fp16" and scaler is not None:
             scalars["loss_scaler"] = {key: getattr(scaler, key) for key in LOSS_SCALER_STATE if hasattr(scaler, key)}
@@ -201,6 +214,7 @@ class ZeroEngine:
     @torch.no_grad()
     def restore(self, state: LogicalState) -> None:
         """See Engine."""
+        self._gate.restore(state.scalars)
         self._state.create_moments(steps=state.scalars["optimizer_steps"])
         held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs()
         for run in held:
@@ -238,7 +252,9 @@ class _Clipper:
         parameters: Mapping[str, nn.Parameter],
         ranks: TensorRanks | ExpertRanks | None,  # that hold slices, where there are such
         clip_norm: float | None,
+        gate: GradientGate,
     ) -> None:
+        self._gate = gate
         self.norm = torch.zeros(())  # of the last update
         self._ranks, self._clip_norm = ranks, clip_norm
         self._counted: list[torch.Tensor] = []
@@ -260,5 +276,6 @@ class _Clipper:
             self.norm = self.norm.sqrt()
         # the kernel divides by the one, and leaves all as it was where the other is not zero
         scale = torch.clamp((self.norm + 1e-6) / self._clip_norm, min=1.0) if self._clip_norm else torch.ones(())
-        scale, found = scale.float().to(self.norm.device), (~self.norm.isfinite()).float()
+        held_back = ~self.norm.isfinite() | self._gate.judge(self.norm)
+        scale, found = scale.float().to(self.norm.device), held_back.float()
         vars(optimizer).update(grad_scale=scale, found_inf=found)

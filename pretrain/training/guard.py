@@ -1,51 +1,78 @@
-"""What happens when a step goes wrong: skipped steps are counted and end the run when they pile up, spikes are told.
+"""What happens when a step goes wrong: skipped steps and spikes are told, counted, and end in a rollback or the run.
 
-Never makes the host wait before a line is due, and changes no weight: skipping itself is the engine's.
+Never makes the host wait before a line is due, and changes no weight: skipping is the engine's, going back run.py's.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import statistics
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 
 from pretrain.config import GuardSection
+from pretrain.engines.base import StepResult
 from pretrain.errors import DivergedError, Problem
+from pretrain.training.incidents import Incident
+from pretrain.training.rollback import RollBack
+from pretrain.training.spikes import SpikeWindow
 
 logger = logging.getLogger(__name__)
 
 MOST_UNREAD_STEPS = 100  # however rare the lines are, this many steps at most go by unread
-SPIKE_WINDOW = 128  # losses read
-SPIKE_MINIMUM = 32  # losses read before a spike can be told from noise
-SPIKE_SCORE = 8.0  # deviations above the median; training noise is near normal, its slow fall only lowers the score
-SMALLEST_DEVIATION = 0.005  # of the median loss: an almost flat curve must not turn noise into spikes
+INCIDENTS_KEPT = 100  # in a checkpoint; the run folder's file has all
+
+Fault = Literal["not finite", "held back", "spike"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Step:
+class _Unread:
     step: int
-    first_row: int  # of the sample order
+    first_row: int  # of the samples trained on
     end_row: int  # exclusive
-    skipped: torch.Tensor | bool
+    result: StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bad:
+    step: int
+    first_row: int
+    end_row: int
+    fault: Fault
 
 
 class Guard:
-    """Watches a run's steps. Equal on every rank, since a skip is agreed on by all ranks within the engine."""
+    """Watches a run's steps. Equal on every rank, since all it reads was agreed on by all ranks within the engine.
 
-    def __init__(self, config: GuardSection) -> None:
+    Args:
+        config: the policies.
+        record: told of every incident.
+        order_place: sample number -> its place in the sample order.
+    """
+
+    def __init__(
+        self,
+        config: GuardSection,
+        *,
+        record: Callable[[Incident], None] = lambda incident: None,
+        order_place: Callable[[int], int] = lambda sample: sample,
+    ) -> None:
         self._config = config
-        self._unread: list[_Step] = []
-        self._skipped_in_a_row: list[_Step] = []
-        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._record = record
+        self._order_place = order_place
+        self._unread: list[_Unread] = []
+        self._bad_in_a_row: list[_Bad] = []
         self._is_in_spike = False
+        self._incidents: list[Incident] = []
+        self._losses = SpikeWindow(config.spike_window_steps)
+        self._norms = SpikeWindow(config.spike_window_steps)
 
-    def observe(self, *, step: int, first_row: int, end_row: int, skipped: torch.Tensor | bool) -> None:
-        """Remember a step (rows [first_row, end_row) of the sample order) without reading anything."""
-        self._unread.append(_Step(step=step, first_row=first_row, end_row=end_row, skipped=skipped))
+    def observe(self, *, step: int, first_row: int, end_row: int, result: StepResult) -> None:
+        """Remember a step over these samples, [first_row, end_row), without reading anything."""
+        self._unread.append(_Unread(step=step, first_row=first_row, end_row=end_row, result=result))
 
     @property
     def must_read(self) -> bool:
@@ -56,78 +83,144 @@ class Guard:
         """Steps skipped since the last call; the host waits for the device here.
 
         Raises:
-            DivergedError: where the policy is to stop, or too many steps in a row were skipped.
+            DivergedError: where the policy is to stop at once.
+            RollBack: where it is to go back, or too many steps in a row went wrong.
         """
         count = 0
-        for step, skipped in zip(self._unread, _read([step.skipped for step in self._unread]), strict=True):
-            if not skipped:
-                self._skipped_in_a_row.clear()
+        unread, self._unread = self._unread, []
+        for step, values in zip(unread, _read([step.result for step in unread]), strict=True):
+            fault = self._fault_of(step, values)
+            if fault is None:
+                self._bad_in_a_row.clear()
                 continue
-            count += 1
-            self._skipped_in_a_row.append(step)
-            logger.warning(
-                "step %d was skipped: its gradient is not finite (rows %d to %d)",
-                step.step,
-                step.first_row,
-                step.end_row - 1,
-            )
-            self._stop_if_diverged()
-        self._unread.clear()
+            count += fault != "spike"
+            bad = _Bad(step=step.step, first_row=step.first_row, end_row=step.end_row, fault=fault)
+            self._bad_in_a_row.append(bad)
+            self._tell(bad, values)
+            self._require_few()
         return count
 
-    def is_spike(self, step: int, loss: float) -> bool:
-        """True where a loss (nats per token) stands far above the recent ones; says so in the log when one starts."""
-        spike = self._score(loss) > SPIKE_SCORE
-        if spike and not self._is_in_spike and self._config.on_spike == "warn":
-            logger.warning(
-                "step %d: loss %.4g is a spike, the median of the last %d losses read is %.4g",
-                step,
-                loss,
-                len(self._losses),
-                statistics.median(self._losses),
+    def state(self) -> dict[str, Any]:
+        """JSON values for a checkpoint; nothing may be unread."""
+        assert not self._unread, "read before saving"
+        return {
+            "losses": list(self._losses.values),
+            "gradient_norms": list(self._norms.values),
+            "bad_in_a_row": [asdict(bad) for bad in self._bad_in_a_row],
+            "is_in_spike": self._is_in_spike,
+            "incidents": self._incidents,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the guard that gave this state."""
+        steps = self._config.spike_window_steps
+        self._losses = SpikeWindow(steps, state["losses"])
+        self._norms = SpikeWindow(steps, state["gradient_norms"])
+        self._bad_in_a_row = [_Bad(**bad) for bad in state["bad_in_a_row"]]
+        self._is_in_spike = state["is_in_spike"]
+        self._incidents = list(state["incidents"])
+
+    def _fault_of(self, step: _Unread, values: _Values) -> Fault | None:
+        if values.spike:
+            self._norms.add(values.gradient_norm)
+            return "held back"
+        if values.skipped:
+            return "not finite"
+        limit = self._config.spike_score
+        scores = self._losses.score(values.loss), self._norms.score(values.gradient_norm)
+        is_spike = max(scores) > limit
+        if is_spike and not self._is_in_spike and self._config.on_spike != "ignore":
+            name, value, window = (
+                ("loss", values.loss, self._losses)
+                if scores[0] > limit
+                else ("gradient norm", values.gradient_norm, self._norms)
             )
-        self._is_in_spike = spike
-        if math.isfinite(loss):
-            self._losses.append(loss)
-        return spike
+            logger.warning(
+                "step %d: %s %.4g is a spike, the median of the last %d is %.4g (rows %d to %d)",
+                step.step, name, value, len(window.values), window.median, step.first_row, step.end_row - 1,
+            )  # fmt: skip
+        self._is_in_spike = is_spike
+        self._losses.add(values.loss)
+        self._norms.add(values.gradient_norm)
+        return "spike" if is_spike and self._config.on_spike != "ignore" else None
 
-    def _score(self, loss: float) -> float:
-        """How many robust deviations a loss stands above the median of the window."""
-        if len(self._losses) < SPIKE_MINIMUM:
-            return 0.0
-        if not math.isfinite(loss):
-            return math.inf
-        median = statistics.median(self._losses)
-        # 1.4826 turns a median absolute deviation into a standard deviation where noise is normal
-        deviation = 1.4826 * statistics.median(abs(value - median) for value in self._losses)
-        return (loss - median) / max(deviation, SMALLEST_DEVIATION * abs(median), 1e-12)
+    def _tell(self, bad: _Bad, values: _Values) -> None:
+        rows = [self._order_place(bad.first_row), self._order_place(bad.end_row - 1) + 1]
+        if bad.fault != "spike":
+            why = (
+                "its gradient is not finite"
+                if bad.fault == "not finite"
+                else f"its gradient norm {values.gradient_norm:.4g} is a spike"
+            )
+            logger.warning("step %d was skipped: %s (rows %d to %d)", bad.step, why, bad.first_row, bad.end_row - 1)
+        incident: Incident = {"kind": bad.fault, "step": bad.step, "rows": rows}
+        self._incidents = [*self._incidents[1 - INCIDENTS_KEPT :], incident]
+        self._record(incident)
 
-    def _stop_if_diverged(self) -> None:
-        row = self._skipped_in_a_row
-        limit = 1 if self._config.on_non_finite == "stop" else self._config.max_skipped_in_a_row
-        if len(row) < limit:
+    def _require_few(self) -> None:
+        """Raise where the row of bad steps is too long."""
+        config, row = self._config, self._bad_in_a_row
+        skipped = sum(bad.fault != "spike" for bad in row)
+        stops = config.on_non_finite == "stop" and row[-1].fault == "not finite"
+        most_skipped = 1 if config.on_non_finite == "rollback" and row[-1].fault == "not finite" else None
+        most_skipped = most_skipped or config.max_skipped_in_a_row
+        is_spiking = config.on_spike == "rollback" and len(row) >= config.spikes_before_rollback
+        if not stops and skipped < most_skipped and not (is_spiking and row[-1].fault == "spike"):
             return
         steps = (
             f"step {row[0].step}" if len(row) == 1 else f"{len(row)} steps in a row ({row[0].step} to {row[-1].step})"
         )
-        allowed = (
-            "guard.on_non_finite: stop allows none"
-            if self._config.on_non_finite == "stop"
-            else f"fewer than guard.max_skipped_in_a_row: {limit}"
-        )
-        raise DivergedError(
-            Problem(
-                f"{steps} had gradients that are not finite, on rows {row[0].first_row} to {row[-1].end_row - 1} "
-                "of the sample order; their updates were not applied",
-                allowed,
-                "look at those rows (pretrain samples); lower optimizer.learning_rate or lengthen the warm-up; "
-                "with fp16, try bf16; then resume from the last checkpoint",
-            )
+        faults = sorted({bad.fault for bad in row})
+        if stops:
+            raise _stopped(f"{steps} had gradients that are not finite", row)
+        raise RollBack(
+            first_step=row[0].step,
+            last_step=row[-1].step,
+            first_row=row[0].first_row,
+            end_row=row[-1].end_row,
+            reason=f"{steps} went wrong ({' and '.join(_WORDS[fault] for fault in faults)})",
         )
 
 
-def _read(claims: list[torch.Tensor | bool]) -> list[bool]:
-    """Read many claims with one wait."""
-    tensors = [claim.reshape(()).bool() for claim in claims if isinstance(claim, torch.Tensor)]
-    read = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(read) if isinstance(claim, torch.Tensor) else claim for claim in claims]
+_WORDS: Mapping[Fault, str] = {
+    "not finite": "gradients that are not finite, not applied",
+    "held back": "spikes of the gradient norm, not applied",
+    "spike": "spikes",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Values:
+    loss: float  # nats per token
+    gradient_norm: float
+    skipped: bool
+    spike: bool
+
+
+def _read(results: list[StepResult]) -> list[_Values]:
+    """Read many steps with one wait."""
+    if not results:
+        return []
+    device = results[0].loss.device
+    columns = [
+        torch.stack(
+            [torch.as_tensor(getattr(result, name)).detach().reshape(()).double().to(device) for result in results]
+        )
+        for name in ("loss", "gradient_norm", "skipped", "spike")
+    ]
+    rows = torch.stack(columns, dim=1).tolist()
+    return [
+        _Values(loss=loss, gradient_norm=norm, skipped=bool(skipped), spike=bool(spike) and math.isfinite(norm))
+        for loss, norm, skipped, spike in rows
+    ]
+
+
+def _stopped(found: str, row: list[_Bad]) -> DivergedError:
+    return DivergedError(
+        Problem(
+            f"{found}, on rows {row[0].first_row} to {row[-1].end_row - 1} of the run; their updates were not applied",
+            "guard.on_non_finite: stop allows none",
+            "look at those rows (pretrain samples); lower optimizer.learning_rate or lengthen the warm-up; "
+            "with fp16, try bf16; then resume from the last checkpoint",
+        )
+    )

@@ -51,7 +51,8 @@ class TrainingLoop:
 
         Raises:
             Preempted: after an orderly save, where the run was asked to stop before its last step.
-            DivergedError: where too many steps had no finite gradient.
+            RollBack: where steps went wrong that must be taken back.
+            DivergedError: where one went wrong and the policy is to stop.
             StorageError: where the last save of the run failed.
         """
         first_step = progress.step + 1
@@ -97,7 +98,7 @@ class TrainingLoop:
         tokens = rows * self.plan.sequence_length
         first_row = progress.samples_consumed
         progress = progress.after_step(rows=rows, tokens=tokens)
-        self.guard.observe(step=progress.step, first_row=first_row, end_row=first_row + rows, skipped=result.skipped)
+        self.guard.observe(step=progress.step, first_row=first_row, end_row=first_row + rows, result=result)
         self.meter.count_step(tokens=tokens, data_seconds=data_seconds)
         self.ledger.count_step(progress.step)
         is_last = progress.step == self._last_step
@@ -118,7 +119,6 @@ class TrainingLoop:
         if self.data_values is not None:
             values.update(self.data_values(progress))
         self.reporter.report(progress.step, values)
-        self.guard.is_spike(progress.step, float(values["loss"]))
         return progress
 
     def _evaluate(self, progress: Progress) -> Progress:

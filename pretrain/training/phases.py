@@ -34,7 +34,7 @@ class Phases:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.replays_until = 0  # steps up to this one were taken before and lost: taking them again is no progress
-        self.longest: dict[str, float] = {}  # seconds of the longest stretch of each phase
+        self.longest: dict[str, float] = {}  # seconds of the longest stretch of each phase, and what else was measured
         self.saves = 0
         self.now = Moment(phase="start", step=0, activity="", began=clock())
         self._counted_from = self.now.began
@@ -44,10 +44,13 @@ class Phases:
         """End the phase under way and begin another, or the same one of the next step."""
         time_now = self.clock()
         self._count(time_now)
-        stretch = time_now - self.now.began
-        self.longest[self.now.phase] = max(stretch, self.longest.get(self.now.phase, 0.0))
+        self.measure(self.now.phase, time_now - self.now.began)
         self.now = Moment(phase=phase, step=step, activity="", began=time_now)
         self.saves += phase == "save"
+
+    def measure(self, name: str, seconds: float) -> None:
+        """Keep the longest of each name; phases measure themselves, others what goes on beside them."""
+        self.longest[name] = max(seconds, self.longest.get(name, 0.0))
 
     def doing(self, activity: str) -> None:
         """Name the part of the phase that begins now."""

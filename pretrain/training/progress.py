@@ -19,12 +19,13 @@ class Progress:
     """Counts since the very first step of the run, resumes included; equal on every rank."""
 
     step: int = 0  # optimizer updates attempted, skipped ones included
-    samples_consumed: int = 0  # rows of the sample order: the only state of the data
+    samples_consumed: int = 0  # rows of the sample order without the skipped windows: the only state of the data
     tokens_seen: int = 0  # rows x sequence length, over all ranks
-    skipped_steps: int = 0  # steps whose gradient was not finite
+    skipped_steps: int = 0  # steps whose gradient was not finite or a spike, and left every weight as it was
     best_validation_loss: float | None = None  # nats per token, first validation set; null: none yet
     best_step: int | None = None  # the step of that loss
     evaluations_without_improvement: int = 0  # since the best one
+    skipped_windows: tuple[tuple[int, int], ...] = ()  # [first, end) of the sample order, left out after rollbacks
 
     def after_step(self, *, rows: int, tokens: int) -> Progress:
         """One more step, over so many rows and tokens (rows x sequence length) of the global batch."""
@@ -47,9 +48,9 @@ class Progress:
             )
         return dataclasses.replace(self, evaluations_without_improvement=self.evaluations_without_improvement + 1)
 
-    def to_json(self) -> dict[str, int | float | None]:
+    def to_json(self) -> dict[str, Any]:
         """The numbers by name."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"skipped_windows": [list(window) for window in self.skipped_windows]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Progress:
@@ -59,6 +60,7 @@ class Progress:
             CheckpointError: where a number is missing, unknown or not a number.
         """
         known = {field.name: field.default for field in dataclasses.fields(cls)}
+        values = {"skipped_windows": [], **values}  # earlier versions knew none
         wrong = sorted(known.keys() ^ values.keys())
         wrong += [name for name in known.keys() & values.keys() if not _fits(values[name], known[name])]
         if wrong:
@@ -69,12 +71,15 @@ class Progress:
                     "resume from a checkpoint that this version wrote",
                 )
             )
-        return cls(**values)
+        windows = tuple((first, end) for first, end in values.pop("skipped_windows"))
+        return cls(**values, skipped_windows=windows)
 
 
 def _fits(value: object, default: object) -> bool:
     if isinstance(value, bool):
         return False
+    if default == ():
+        return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
     if default is None:
         return value is None or isinstance(value, (int, float))
     return isinstance(value, int) and value >= 0

@@ -16,6 +16,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.engines.base import Engine
 from pretrain.errors import Problem
 from pretrain.reporting.reporter import Reporter
+from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Saves:
     engine: Engine
     reporter: Reporter
     metadata: Callable[[Progress], dict[str, Any]]  # what a checkpoint's manifest holds besides
+    phases: Phases
 
     def begin(self, progress: Progress, *, is_best: bool) -> None:
         """Copy the state, for which training stands still; the rest happens behind it.
@@ -74,6 +76,7 @@ class Saves:
             self.reporter.report(progress.step, {"checkpoint/failed": 1, "checkpoint/step": report.step})
             return
         logger.info("saved step %d: %s", report.step, report.path)
+        self.phases.measure("write", report.write_seconds)
         self.reporter.report(
             progress.step,
             {

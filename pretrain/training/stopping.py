@@ -120,7 +120,7 @@ def time_limit_wish(limits: Sequence[TimeLimit], phases: Phases, *, margin_secon
 
     def wish() -> str | None:
         longest = phases.longest
-        measured = sum(longest.get(phase, 0.0) for phase in ("step", "evaluation", "save"))
+        measured = sum(longest.get(phase, 0.0) for phase in ("step", "evaluation", "save", "write"))
         reasons = (limit.reason_to_stop(LOADED_MACHINE * measured + margin_seconds) for limit in limits)
         return next((reason for reason in reasons if reason is not None), None)
 

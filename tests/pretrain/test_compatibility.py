@@ -29,6 +29,7 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
     "ZeRO stage 3": {"parallel": {"zero_stage": 3}},
     "precision fp16": {"precision": "fp16"},
     "guard.on_non_finite stop": {"guard": {"on_non_finite": "stop"}},
+    "guard.on_non_finite rollback": {"guard": {"on_non_finite": "rollback"}},
     "tensor parallelism": {"parallel": {"tensor": 2}},
     "pipeline parallelism": {"parallel": {"pipeline": 2}},
     "sequence parallelism": {"parallel": {"sequence": 2}},

@@ -15,7 +15,7 @@ from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult
 from pretrain.engines.plain import PlainEngine
-from pretrain.errors import DivergedError, Preempted
+from pretrain.errors import Preempted
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.optimization.schedules import build_schedule
@@ -27,6 +27,7 @@ from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
 from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
+from pretrain.training.rollback import RollBack
 from pretrain.training.saving import Saves
 from pretrain.training.stopping import StopRequest
 from tests.pretrain.engines.cases import Case, poison_next_forward, step_batches
@@ -63,6 +64,7 @@ def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[Trai
             engine=engine,
             reporter=reporter,
             metadata=lambda progress: {"parameters": engine.parameter_shapes()},
+            phases=phases,
         ),
         meter=StepMeter(device=torch.device("cpu")),
         guard=Guard(config.guard),
@@ -136,8 +138,9 @@ def test_skipped_steps_are_counted_and_end_the_run_when_they_pile_up(tmp_path: P
                 poison_next_forward(engine)
             yield batches
 
-    with pytest.raises(DivergedError, match="steps in a row"):
+    with pytest.raises(RollBack, match="2 steps in a row .4 to 5. went wrong") as wish:
         loop.run(Progress(), poisoned(steps_from(0)))
+    assert (wish.value.first_row, wish.value.end_row) == (24, 40)
     assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 0, 1]
 
 
