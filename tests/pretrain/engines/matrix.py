@@ -1,13 +1,16 @@
 """The layouts whose numbers are compared with the plain engine's: one cell a layout, model and precision.
 
 Every pair of features that the compatibility table supports needs a cell that uses both (test_parity.py asks for it).
-How a cell is compared is parity.py's.
+The default run takes the cells that show something for the first time, `tests/run.sh --slow` all. How a cell is
+compared is parity.py's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
+from pretrain.compatibility import LAYOUT_FEATURES, USES, Choice, Feature, choose_engine
 from tests.pretrain.engines.cases import VOCABULARY, Case
 
 
@@ -17,7 +20,7 @@ class Cell:
 
     ranks: int
     case: Case
-    slow: bool = False  # repeats on more ranks what a quicker cell shows: run with `tests/run.sh --slow`
+    slow: bool = False  # takes ranks or time, and repeats what another cell shows
     fresh: bool = False  # needs processes of its own, because the engine leaves traces in them
 
     def __str__(self) -> str:
@@ -30,14 +33,39 @@ class Cell:
         ]
         return " ".join([*different, f"x{self.ranks}"])
 
+    @property
+    def features(self) -> list[Feature]:
+        """What the compatibility table sees in it."""
+        config = self.case.config
+        run = Choice(config=config, engine=choose_engine(config, self.ranks), world_size=self.ranks)
+        return [feature for feature in LAYOUT_FEATURES if USES[feature](run)]
+
+    @property
+    def aspects(self) -> set[object]:
+        """What it shows: each way to share the work, alone and all that it uses together, and whatever else matters."""
+        case, used = self.case, self.features
+        engine = used[0]
+        shared = [feature for feature in used if "parallelism" in feature or "offload" in feature]
+        return {
+            *((feature, case.precision) for feature in used if "recomputation" not in feature),
+            *used,
+            (case.zero_stage == 3, *shared),  # gathered weights meet the other ways
+            (engine, case.zero_stage, case.precision) if engine == "engine zero" else engine,
+            (engine, case.model_type) if engine == "engine pipeline" or case.tensor > 1 else case.model_type,
+            (engine, "tied", case.tied),
+            (engine, "accumulates", case.global_batch_size > case.micro_batch_size * self.ranks),
+            (engine, "batch ramp", case.small_steps > 0),
+            (engine, "sizes that do not divide", bool(case.model) and not shared),
+        }
+
 
 def _zero_cells() -> list[Cell]:
     cells = [
         Cell(ranks, Case(engine="zero", zero_stage=stage, precision=precision, micro_batch_size=8 // ranks // parts))
         for stage in (0, 1, 2, 3)
         for precision in ("fp32", "bf16")
-        for ranks in (1, 2)
-        for parts in (1, 2)
+        for ranks in (2, 1)
+        for parts in (2, 1)
     ]
     cells += [
         Cell(2, Case(engine="zero", zero_stage=stage, model_type=family, tied=True, micro_batch_size=2))
@@ -60,7 +88,7 @@ def _accelerate_cells() -> list[Cell]:
             ),
         )
         for way in ("replicate", "shard")
-        for precision, ranks, accumulation in (("fp32", 1, 2), ("fp32", 2, 1), ("fp32", 2, 2), ("bf16", 2, 2))
+        for precision, ranks, accumulation in (("fp32", 2, 2), ("fp32", 2, 1), ("fp32", 1, 2), ("bf16", 2, 2))
     ]
     tied = {"engine": "accelerate", "tied": True, "micro_batch_size": 2}
     cells += [
@@ -315,7 +343,16 @@ def _offload_cells() -> list[Cell]:
     ]
 
 
-CELLS: tuple[Cell, ...] = (
+def _repeats_slow(cells: Iterable[Cell]) -> Iterator[Cell]:
+    """The same cells, slow where everything that one shows was shown by a quick one before it."""
+    shown: set[object] = set()
+    for cell in cells:
+        is_slow = cell.slow or shown.issuperset(cell.aspects)
+        shown |= set() if is_slow else cell.aspects
+        yield replace(cell, slow=is_slow)
+
+
+_ALL = (
     Cell(1, Case(engine="plain", micro_batch_size=2)),
     *_zero_cells(),
     *_pipeline_cells(),
@@ -327,3 +364,4 @@ CELLS: tuple[Cell, ...] = (
     *_tensor_cells(),
     *_offload_cells(),
 )
+CELLS: tuple[Cell, ...] = tuple(_repeats_slow(_ALL))

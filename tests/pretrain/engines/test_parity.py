@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.compatibility import LAYOUT_FEATURES, USES, Choice, Feature, choose_engine, find_conflicts, refusal_of
+from pretrain.compatibility import LAYOUT_FEATURES, Feature, find_conflicts, refusal_of
 from tests.pretrain.engines.cases import Case, train_case
 from tests.pretrain.engines.matrix import CELLS, Cell
 from tests.pretrain.engines.parity import TOLERANCES, Pool, compare, plain, state_differences
@@ -29,9 +29,7 @@ def test_no_cell_is_refused(cell: Cell) -> None:
 def test_every_supported_pair_of_layout_features_has_a_cell() -> None:
     shown = set()
     for cell in CELLS:
-        config = cell.case.config
-        run = Choice(config=config, engine=choose_engine(config, cell.ranks), world_size=cell.ranks)
-        used = [feature for feature in LAYOUT_FEATURES if USES[feature](run)]
+        used = cell.features
         shown |= {(first, second) for first in used for second in used}
     missing = [
         f"{first} with {second}"

@@ -50,7 +50,7 @@ def parts_of_rank(case: Case) -> tuple[dict[str, int], int, dict[str, int]]:
     return sizes, sum(plan.stages[number].parameters for number in own), held
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [ONE_WAY, replace(ONE_WAY, tied=True), BOTH_WAYS, replace(ONE_WAY, zero_stage=0)])
 def test_a_rank_holds_its_own_layers_only(rank_pool: Pool, case: Case, precision: str) -> None:
     if case.zero_stage == 0 and precision == "bf16":
@@ -98,10 +98,15 @@ def train_poisoned(case: Case, rank: int, step: int) -> Any:
     "case",
     [
         replace(ONE_WAY, tied=True),
-        replace(ONE_WAY, precision="bf16"),
-        replace(ONE_WAY, zero_stage=0),
-        replace(BOTH_WAYS, zero_stage=0),
         replace(BOTH_WAYS, precision="bf16"),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (
+                replace(ONE_WAY, precision="bf16"),
+                replace(ONE_WAY, zero_stage=0),
+                replace(BOTH_WAYS, zero_stage=0),
+            )
+        ),
     ],
 )
 def test_a_non_finite_gradient_on_one_stage_is_skipped_by_all(rank_pool: Pool, case: Case, rank: int) -> None:
@@ -150,7 +155,7 @@ def without_targets(batch: Batch) -> Batch:
 
 
 @pytest.mark.parametrize("case", [ONE_WAY, BOTH_WAYS])
-@pytest.mark.parametrize("micro_batches", [2, 3, 7])
+@pytest.mark.parametrize("micro_batches", [2, pytest.param(3, marks=pytest.mark.slow), 7])
 def test_evaluations_of_any_length(rank_pool: Pool, case: Case, micro_batches: int) -> None:
     found = rank_pool(2).run(evaluate_few, case, micro_batches)
     reference = replace(case, engine="plain", pipeline=1, pipeline_schedule="1f1b")

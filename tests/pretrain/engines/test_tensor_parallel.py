@@ -78,8 +78,8 @@ def masters(fragments: list[list[Any]]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", [0, 1, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_cut_model_starts_from_the_same_weights(rank_pool: Pool, stage: int, precision: str) -> None:
     case = replace(USUAL, zero_stage=stage, precision=precision, model=(("vocab_size", 513),), model_type="qwen3")
     found = masters(rank_pool(2).run(first_fragments, case))
@@ -176,7 +176,14 @@ def test_a_rank_holds_its_share_only(rank_pool: Pool) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (0, "fp32"),
+        (3, "fp32"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, "bf16"), (1, "bf16"), (2, "fp32"))),
+    ],
+)
 def test_a_non_finite_gradient_on_one_tensor_rank_is_skipped_by_all(
     rank_pool: Pool, stage: int, precision: str
 ) -> None:
@@ -210,7 +217,14 @@ def poison_a_cut_weight(case: Case) -> list[bool]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (1, "fp32"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (0, "fp32"),
+        (1, "bf16"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, "bf16"), (1, "fp32"), (3, "fp32"))),
+    ],
+)
 def test_a_non_finite_gradient_in_one_share_is_skipped_by_all(rank_pool: Pool, stage: int, precision: str) -> None:
     case = replace(USUAL, zero_stage=stage, precision=precision)
     assert rank_pool(2).run(poison_a_cut_weight, case) == [[False, True, False]] * 2
