@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from xxhash import xxh3_128_hexdigest
 
 from data_tools.choices import LONGEST_DOCUMENT_BYTES, Backend, BadLinePolicy
 from data_tools.corpus import input_facts
+from data_tools.document_tokenizer import DocumentTokenizer
 from data_tools.documents import Keys
 from data_tools.dropped_records import count_dropped, gather_quarantine
 from data_tools.duplicate_ids import find_duplicate_ids
@@ -39,7 +40,8 @@ from data_tools.shuffle import ShuffledAssembly
 from data_tools.task_encoding import SPLITS, EncodingOptions, TaskResult, split_numbers, task_file
 from data_tools.task_shares import adopt_shares, remove_shares
 from data_tools.tokenizer import load_tokenizer
-from data_tools.worker_pool import HANG_SECONDS, EncodingPool
+from data_tools.worker_host import WorkerHost
+from data_tools.worker_pool import HANG_SECONDS, EncodingPool, start_host
 
 logger = logging.getLogger(__name__)
 
@@ -119,24 +121,21 @@ def prepare(
         StorageError: another run is writing the output.
         WorkerError: a process that encoded died, or did nothing for `hang_seconds`.
     """
-    loaded = load_tokenizer(tokenizer, options.eos_token)
     files = find_inputs(inputs)
-    request, job = preparation_job(files, loaded.identity, options, backend, range_bytes)
-    if is_finished(output, request):
-        return Made(manifests={path.name: load_manifest(path) for path in split_folders(output)}, reused=True)
-    draft = Manifest(
-        kind="documents",
-        dtype=token_dtype(loaded.vocabulary_size),
-        split="",
-        tokenizer=loaded.identity,
-        vocabulary_size=loaded.vocabulary_size,
-        eos_id=loaded.eos_id,
-        command=_command(inputs, tokenizer, options),
-        request=request,
-    )
-    tasks = plan_tasks(files, range_bytes)
-    facts = _facts(request, backend, range_bytes)
-    with staged_output(output, lambda staging: _goes_on(staging / WORK_FOLDER, job, facts, output)) as staging:
+    with ExitStack() as stack:
+        host = None
+        if workers > 1:  # it loads while this process does and the inputs are hashed
+            host = stack.enter_context(closing(start_host(tokenizer, options.eos_token, backend, workers)))
+        loaded = load_tokenizer(tokenizer, options.eos_token)
+        request, job = preparation_job(files, loaded.identity, options, backend, range_bytes)
+        if is_finished(output, request):
+            return Made(manifests={path.name: load_manifest(path) for path in split_folders(output)}, reused=True)
+        draft = _draft(loaded, _command(inputs, tokenizer, options), request)
+        tasks = plan_tasks(files, range_bytes)
+        facts = _facts(request, backend, range_bytes)
+        staging = stack.enter_context(
+            staged_output(output, lambda staging: _goes_on(staging / WORK_FOLDER, job, facts, output))
+        )
         work = staging / WORK_FOLDER
         work.mkdir(exist_ok=True)
         encoding = encoding_options(loaded.file, draft.dtype, options, backend, work)
@@ -144,7 +143,7 @@ def prepare(
         with closing(Journal(work, job, facts)) as journal:
             pool = EncodingPool(options=replace(encoding, threads=threads), workers=workers, hang_seconds=hang_seconds)
             adopt_shares(output, job, work, journal)
-            results = _encode_all(tasks, pool, journal, progress)
+            results = _encode_all(tasks, pool, journal, progress, host)
             made = _assemble(tasks, results, draft, options, journal, staging)
         gather_quarantine(tasks, results, work, staging / "quarantine.jsonl")
         shutil.rmtree(staging / "tokenizer", ignore_errors=True)  # of a run that was stopped here
@@ -153,6 +152,20 @@ def prepare(
         shutil.rmtree(work)
     remove_shares(output)
     return made
+
+
+def _draft(tokenizer: DocumentTokenizer, command: str, request: Mapping[str, Any]) -> Manifest:
+    """Return what the manifests of all splits share."""
+    return Manifest(
+        kind="documents",
+        dtype=token_dtype(tokenizer.vocabulary_size),
+        split="",
+        tokenizer=tokenizer.identity,
+        vocabulary_size=tokenizer.vocabulary_size,
+        eos_id=tokenizer.eos_id,
+        command=command,
+        request=request,
+    )
 
 
 def preparation_job(
@@ -215,7 +228,7 @@ def _goes_on(work: Path, job: str, facts: Mapping[str, Any], output: Path) -> bo
 
 
 def _encode_all(
-    tasks: Sequence[Task], pool: EncodingPool, journal: Journal, progress: Progress | None
+    tasks: Sequence[Task], pool: EncodingPool, journal: Journal, progress: Progress | None, host: WorkerHost | None
 ) -> list[TaskResult]:
     """Encode the tasks that no earlier run has finished, and return the results of all."""
     for left_over in pool.options.folder.glob("*.tmp"):
@@ -227,7 +240,7 @@ def _encode_all(
     missing = [task for task in tasks if task.number not in results]
     on_progress = (lambda *_: None) if progress is None else progress.advance
     # closed at once when this loop fails: no worker may write into a folder that is being removed
-    with closing(pool.run(missing, on_progress)) as finished_tasks:
+    with closing(pool.run(missing, on_progress, host)) as finished_tasks:
         for task, result in finished_tasks:
             results[task.number] = result
             journal.append({"task": task.number, "result": asdict(result)})

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from itertools import groupby
 from typing import Any
 
+import numpy as np
 import orjson
 
 # Every version of the Unicode tables splits, folds and composes these alike.
@@ -47,15 +46,11 @@ def _of_constant_category() -> str:
     Where nothing is composed or folded, the category is all that the cutting of a text in words depends on.
     """
     then, now = unicodedata.ucd_3_2_0.category, unicodedata.category
-    characters = map(chr, range(1 << 16))
-    constant = (ord(one) for one in characters if then(one) == now(one) not in ("Cn", "Cs"))
-    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in _ranges(constant))
-
-
-def _ranges(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        members = [number for _, number in group]
-        yield members[0], members[-1]
+    characters = [chr(one) for one in range(1 << 16)]
+    before, after = np.array(list(map(then, characters))), np.array(list(map(now, characters)))
+    constant = np.flatnonzero((before == after) & (after != "Cn") & (after != "Cs"))
+    runs = np.split(constant, np.flatnonzero(np.diff(constant) > 1) + 1)
+    return "".join(f"\\u{run[0]:04x}-\\u{run[-1]:04x}" for run in runs)
 
 
 def _kinds(step: dict[str, Any] | None) -> set[str]:

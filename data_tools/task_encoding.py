@@ -21,6 +21,7 @@ from xxhash import xxh3_64_intdigest
 from data_tools.choices import Backend, BadLinePolicy
 from data_tools.corpus import Corpus
 from data_tools.document_blocks import DocumentBlock
+from data_tools.document_tokenizer import DocumentTokenizer
 from data_tools.documents import Keys
 from data_tools.encoding import Encoder, EncodersDifferError, Ids, ReferenceEncoder, build_encoder
 from data_tools.errors import ShardError
@@ -98,10 +99,13 @@ def metadata_kind(split: int) -> str:
 class TaskEncoder:
     """Encodes tasks, one after another, as the options say."""
 
-    def __init__(self, options: EncodingOptions) -> None:
+    def __init__(
+        self, options: EncodingOptions, tokenizer: DocumentTokenizer | None = None, encoder: Encoder | None = None
+    ) -> None:
+        """Encode with what is loaded already, or load it."""
         self.options = options
-        self._tokenizer = load_tokenizer(options.tokenizer, options.eos_token)
-        self._encoder: Encoder = build_encoder(self._tokenizer, options.backend, threads=options.threads)
+        self._tokenizer = tokenizer or load_tokenizer(options.tokenizer, options.eos_token)
+        self._encoder = encoder or build_encoder(self._tokenizer, options.backend, threads=options.threads)
 
     def encode(self, task: Task, on_progress: Callable[[int, int], None]) -> TaskResult:
         """Write the files of a task; `on_progress` is given bytes read and tokens made since the last call.

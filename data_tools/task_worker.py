@@ -1,49 +1,121 @@
-"""The process of a worker: `python -m data_tools.task_worker DESCRIPTOR PARENT`; started by worker_pool.py alone.
+"""The processes that encode: `python -m data_tools.task_worker PARENT CONTROL [CONNECTION LOG]...`, descriptors.
 
-It ends with its parent, however that ends, so that no orphan writes beside the next run.
+Started by worker_host.py alone. It loads the tokenizer, then forks a worker for each pair, and tells how they end.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
 import sys
 from multiprocessing.connection import Connection
 
-from data_tools.task_encoding import TaskEncoder
-from data_tools.worker_pool import Failure, serve
+from data_tools.document_tokenizer import DocumentTokenizer
+from data_tools.encoding import Encoder, build_encoder
+from data_tools.task_encoding import EncodingOptions, TaskEncoder
+from data_tools.tokenizer import load_tokenizer
+from data_tools.worker_host import Failure, ToLoad
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
-def main(descriptor: int, parent: int) -> int:
-    """Serve one connection; return the exit code."""
+def main(parent: int, control: Connection, pairs: list[tuple[int, int]]) -> int:
+    """Be the host; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what a Ctrl-C means
     faulthandler.register(signal.SIGUSR1)  # the parent asks where it hangs
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:
-        return 0  # it was gone before the kernel was asked
+    if not _end_with(parent):
+        return 0
     logging.basicConfig(format="%(message)s")
-    connection = Connection(descriptor)
     try:
-        options = connection.recv()
+        load: ToLoad = control.recv()
+        os.putenv("TOKENIZERS_PARALLELISM", "false")  # this process must have no second thread when it is forked
+        try:
+            tokenizer = load_tokenizer(load.tokenizer, load.eos_token)
+            encoder = build_encoder(tokenizer, load.backend)
+        except Exception as error:
+            control.send(Failure(error))
+            return 0
+        options, count = control.recv()
     except EOFError:
         return 0
-    # for the libraries' own threads, which read it when they start
-    os.putenv("RAYON_NUM_THREADS", str(options.threads))
-    os.putenv("TOKENIZERS_PARALLELISM", "true" if options.threads > 1 else "false")
-    try:
-        encoder = TaskEncoder(options)
-    except Exception as error:
-        connection.send(Failure(error))
-        return 0
-    serve(connection, encoder)
+    gc.collect()
+    gc.freeze()  # or the first collection in each worker would copy all pages
+    host, numbers = os.getpid(), []
+    for place in range(count):
+        number = os.fork()
+        if number == 0:
+            os._exit(_work(host, control, pairs, place, options, tokenizer, encoder))
+        numbers.append(number)
+    for connection, log in pairs:
+        os.close(connection)
+        os.close(log)
+    control.send(numbers)
+    for _ in range(count):
+        number, status = os.wait()
+        control.send((numbers.index(number), os.waitstatus_to_exitcode(status)))
     return 0
 
 
+def _work(
+    host: int,
+    control: Connection,
+    pairs: list[tuple[int, int]],
+    place: int,
+    options: EncodingOptions,
+    tokenizer: DocumentTokenizer,
+    encoder: Encoder,
+) -> int:
+    """Be a worker; return the exit code."""
+    if not _end_with(host):
+        return 0
+    control.close()
+    for number, (connection, log) in enumerate(pairs):
+        if number == place:
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+        else:
+            os.close(connection)
+        os.close(log)
+    try:
+        # for the libraries' own threads, which read it when they start
+        os.putenv("RAYON_NUM_THREADS", str(options.threads))
+        if options.threads > 1:
+            os.putenv("TOKENIZERS_PARALLELISM", "true")
+            encoder = build_encoder(tokenizer, options.backend, threads=options.threads)
+        serve(Connection(pairs[place][0]), TaskEncoder(options, tokenizer, encoder))
+    except BaseException:
+        logging.getLogger(__name__).exception("the worker failed")
+        return 1
+    return 0
+
+
+def serve(connection: Connection, encoder: TaskEncoder) -> None:
+    """Encode the tasks that come through a connection until it is closed."""
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(encoder.encode(task, lambda *progress: connection.send(progress)))
+        except ConnectionError:
+            return  # the parent is gone: nobody wants the result
+        except Exception as error:
+            connection.send(Failure(error))
+
+
+def _end_with(parent: int) -> bool:
+    """Have the kernel end this process with its parent; return whether that is still there."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    return os.getppid() == parent  # it may have gone before the kernel was asked
+
+
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    descriptors = [int(word) for word in sys.argv[3:]]
+    both = list(zip(descriptors[::2], descriptors[1::2], strict=True))
+    sys.exit(main(int(sys.argv[1]), Connection(int(sys.argv[2])), both))

@@ -1,26 +1,26 @@
 """Runs the tasks of a job in processes of their own, and fails at once, with the cause, when one of them dies.
 
-What is done in the processes is task_worker.py's; one task is under way in each at a time, so that nothing piles up.
+How they start and end is worker_host.py's; one task is under way in each at a time, so that nothing piles up.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import psutil
 
+from data_tools.choices import Backend
 from data_tools.errors import WorkerError
 from data_tools.ranges import Task
 from data_tools.task_encoding import EncodingOptions, TaskEncoder, TaskResult
+from data_tools.worker_host import Failure, ToLoad, WorkerHost
 
 HANG_SECONDS = 300.0  # longer than storage is slow without being broken
 BUSY_SECONDS = 3600.0  # many times what the longest document takes
@@ -44,8 +44,10 @@ class EncodingPool:
     hang_seconds: float = HANG_SECONDS
     busy_seconds: float = BUSY_SECONDS
 
-    def run(self, tasks: Sequence[Task], on_progress: OnProgress) -> Generator[Finished, None, None]:
-        """Encode tasks in any order and yield each as it is finished.
+    def run(
+        self, tasks: Sequence[Task], on_progress: OnProgress, host: WorkerHost | None = None
+    ) -> Generator[Finished, None, None]:
+        """Encode tasks in any order and yield each as it is finished; a host that loads already saves time.
 
         Raises:
             WorkerError: a process died or hangs.
@@ -57,28 +59,31 @@ class EncodingPool:
                 assert encoder is not None
                 yield task, encoder.encode(task, on_progress)
             return
+        count = min(self.workers, len(tasks))
+        options = self.options
+        with closing(host or start_host(options.tokenizer, options.eos_token, options.backend, count)) as loading:
+            loading.fork(options, count)
+            yield from self._share_out(tasks, [_Worker(loading, number) for number in range(count)], on_progress)
+
+    def _share_out(
+        self, tasks: Sequence[Task], workers: Sequence[_Worker], on_progress: OnProgress
+    ) -> Generator[Finished, None, None]:
         # the largest first, or one that cannot be cut would be left alone at the end
         waiting = deque(sorted(tasks, key=lambda task: -task.disk_bytes))
-        processes: list[_Worker] = []
-        try:
-            for number in range(min(self.workers, len(tasks))):
-                processes.append(_Worker(self.options, self.options.folder / f"worker-{number}.log"))
-                processes[-1].begin(waiting.popleft())
-            busy = list(processes)
-            while busy:
-                ready = self._wait(busy)
-                for worker in [worker for worker in busy if worker.connection in ready]:
-                    result = worker.receive(on_progress)
-                    if result is None:
-                        continue
-                    yield worker.task, result
-                    if waiting:
-                        worker.begin(waiting.popleft())
-                    else:
-                        busy.remove(worker)
-        finally:
-            for worker in processes:
-                worker.stop()
+        for worker in workers:
+            worker.begin(waiting.popleft())
+        busy = list(workers)
+        while busy:
+            ready = self._wait(busy)
+            for worker in [worker for worker in busy if worker.connection in ready]:
+                result = worker.receive(on_progress)
+                if result is None:
+                    continue
+                yield worker.task, result
+                if waiting:
+                    worker.begin(waiting.popleft())
+                else:
+                    busy.remove(worker)
 
     def _wait(self, busy: Sequence[_Worker]) -> Sequence[object]:
         """Return the connections on which something has come; look after the workers while nothing has."""
@@ -95,11 +100,9 @@ class EncodingPool:
                 return ready
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What a worker sends when a task raised."""
-
-    error: Exception
+def start_host(tokenizer: Path, eos_token: str | None, backend: Backend, workers: int) -> WorkerHost:
+    """Begin to load what workers need."""
+    return WorkerHost(ToLoad(tokenizer=tokenizer, eos_token=eos_token, backend=backend), workers)
 
 
 class _Worker:
@@ -107,27 +110,20 @@ class _Worker:
 
     task: Task
 
-    def __init__(self, options: EncodingOptions, log: Path) -> None:
-        self._log = log
-        self.connection, theirs = Pipe()
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "data_tools.task_worker", str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs.fileno()],
-            )
-        theirs.close()
-        self._watched = psutil.Process(self.process.pid)
+    def __init__(self, host: WorkerHost, number: int) -> None:
+        self.connection = host.connections[number]
+        self._host = host
+        self._number = number
         self._idle_seconds = 0.0
         self._used_seconds = 0.0  # of the processor, when it was looked at
         self._used_when_heard = 0.0
-        self._send(options)
 
     def begin(self, task: Task) -> None:
         self.task = task
-        self._send(task)
+        try:
+            self.connection.send(task)
+        except ConnectionError:
+            raise self._death() from None
 
     def receive(self, on_progress: OnProgress) -> TaskResult | None:
         """Return the result if the task is finished; pass progress on."""
@@ -146,9 +142,12 @@ class _Worker:
 
     def look_after(self, elapsed: float, hang_seconds: float, busy_seconds: float) -> None:
         """Raise a WorkerError if the worker hangs, of which so many more seconds have passed without a word."""
+        process = self._host.process_of(self._number)
         try:
-            times = self._watched.cpu_times()
+            times = None if process is None else process.cpu_times()
         except psutil.Error:
+            times = None
+        if times is None:
             return  # it has died: its connection will say so
         used = times.user + times.system
         self._idle_seconds = 0.0 if used > self._used_seconds else self._idle_seconds + elapsed
@@ -158,21 +157,10 @@ class _Worker:
         if used - self._used_when_heard >= busy_seconds:
             raise self._hang(f"has used {busy_seconds:g} s of the processor without finishing a batch")
 
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
-
-    def _send(self, message: object) -> None:
-        try:
-            self.connection.send(message)
-        except ConnectionError:
-            if isinstance(message, Task):
-                raise self._death() from None
-            # it died before its options came: known as soon as it is given a task
-
-    def _death(self) -> WorkerError:
-        code = self.process.wait()
+    def _death(self) -> Exception:
+        code = self._host.fate(self._number)
+        if isinstance(code, Exception):
+            return code
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return WorkerError(
             f"the worker that encoded {self.task} {how}{self._said(5)}",
@@ -181,7 +169,7 @@ class _Worker:
         )
 
     def _hang(self, how: str) -> WorkerError:
-        self.process.send_signal(signal.SIGUSR1)  # it writes its stack, unless it is stopped
+        self._host.ask_for_stack(self._number)
         time.sleep(_STACK_SECONDS)
         return WorkerError(
             f"the worker that encoded {self.task} hangs: it {how}{self._said(12)}",
@@ -191,20 +179,4 @@ class _Worker:
         )
 
     def _said(self, lines: int) -> str:
-        said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return "".join(f"\n        {line}" for line in said[-lines:])
-
-
-def serve(connection: Connection, encoder: TaskEncoder) -> None:
-    """Encode the tasks that come through a connection until it is closed."""
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(encoder.encode(task, lambda *progress: connection.send(progress)))
-        except ConnectionError:
-            return  # the parent is gone: nobody wants the result
-        except Exception as error:
-            connection.send(Failure(error))
+        return "".join(f"\n        {line}" for line in self._host.said(self._number)[-lines:])

@@ -17,26 +17,25 @@ from pretrain.models.batch import IGNORED_LABEL, Batch
 def build_micro_batch(rows: Sequence[Row], sequence_length: int) -> Batch:
     """Stack rows of `sequence_length` tokens; see Batch for what each tensor holds."""
     shape = (len(rows), sequence_length)
-    input_ids = np.empty(shape, np.int64)
-    for target, row in zip(input_ids, rows, strict=True):
+    ids = np.empty(shape, np.int64)
+    for target, row in zip(ids, rows, strict=True):
         target[:] = row.tokens
     borders = _borders(rows, sequence_length)
-    lengths = np.diff(borders)
-    starts = borders[:-1]
+    starts, lengths = borders[:-1], np.diff(borders)
 
-    labels = np.empty(shape, np.int64)
-    labels[:, :-1] = input_ids[:, 1:]
-    labels.reshape(-1)[starts[1:] - 1] = IGNORED_LABEL  # the last token of each document but the last
+    flat_labels = np.empty(ids.size, np.int64)
+    flat_labels[:-1] = ids.reshape(-1)[1:]
+    flat_labels[starts[1:] - 1] = IGNORED_LABEL  # the last token of each document but the last
+    labels = flat_labels.reshape(shape)
     labels[:, -1] = [IGNORED_LABEL if row.next_token is None else row.next_token for row in rows]
     for target, row in zip(labels, rows, strict=True):
-        target[row.used :] = IGNORED_LABEL
+        if row.used < sequence_length:
+            target[row.used :] = IGNORED_LABEL
 
-    positions = np.ones(input_ids.size, np.int64)  # counted up in place: large temporaries cost more than the sums
-    positions[0] = 0
-    positions[starts[1:]] -= lengths[:-1]
-    np.cumsum(positions, out=positions)
+    positions = np.arange(ids.size, dtype=np.int64)
+    positions -= np.repeat(starts, lengths)
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
+        input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(positions.reshape(shape)),
         cumulative_lengths=torch.from_numpy(borders.astype(np.int32)),
@@ -53,11 +52,10 @@ def empty_row(sequence_length: int) -> Row:
 
 def _borders(rows: Sequence[Row], sequence_length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Where documents start in the flattened rows, then the end; padding counts as a document."""
-    pieces = []
-    for index, row in enumerate(rows):
-        first = index * sequence_length
-        pieces.append(row.starts + first)
-        if row.used < sequence_length:
-            pieces.append(np.array([first + row.used]))
-    pieces.append(np.array([len(rows) * sequence_length]))
-    return np.concatenate(pieces, dtype=np.int64)
+    pieces = [row.starts for row in rows]
+    counts = [len(piece) for piece in pieces]
+    firsts = np.arange(0, len(rows) * sequence_length, sequence_length)
+    borders = np.concatenate([*pieces, [len(rows) * sequence_length]], dtype=np.int64)
+    borders[:-1] += np.repeat(firsts, counts)
+    padded = [first + row.used for first, row in zip(firsts.tolist(), rows, strict=True) if row.used < sequence_length]
+    return np.sort(np.concatenate((borders, padded)).astype(np.int64)) if padded else borders

@@ -6,7 +6,7 @@ Does not decide which rows are read when (training_rows.py), nor read any token 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,17 +47,24 @@ class OpenedSource:
     row_limit: int | None = None  # rows that it may give to training; None: it is read again and again
 
     def row(self, index: int) -> Row:
-        """Read one row; safe to call from several threads.
+        """Read one row, as `read` does."""
+        return self.read((index,))[0]
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        """Read rows; safe to call from several threads.
 
         Raises:
             DataError: a shard was damaged or taken away since it was checked.
         """
         try:
-            return self.dataset.row(index, self.sequence_length)
+            return self.dataset.rows(indices, self.sequence_length)
         except (ShardError, OSError) as error:
+            if len(indices) > 1:
+                return [self.row(index) for index in indices]  # one of them raises, by its number
             found = error.found if isinstance(error, ShardError) else str(error)
             change = "restore the files, then resume: the row is read again"
-            raise DataError(Problem(f"{self.name}, row {index}: {found}", "shards that stay whole", change)) from error
+            problem = Problem(f"{self.name}, row {indices[0]}: {found}", "shards that stay whole", change)
+            raise DataError(problem) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,8 +98,18 @@ class TrainingRows:
             DataError: a row cannot be read.
         """
         places = list(locations)
-        rows = [self.sources[place.source].row(place.row) for place in places]
+        rows = self._rows_at(places)
         if self._fill_in_the_middle is None or not rows:
             return rows
         keys = [(self.seed, place.source, place.epoch, place.row) for place in places]
         return self._fill_in_the_middle.turn(rows, keys)
+
+    def _rows_at(self, places: Sequence[Location]) -> list[Row]:
+        chosen = {place.source for place in places}
+        if len(chosen) == 1:
+            return self.sources[chosen.pop()].read([place.row for place in places])
+        found = {
+            source: iter(self.sources[source].read([place.row for place in places if place.source == source]))
+            for source in chosen
+        }
+        return [next(found[place.source]) for place in places]

@@ -79,7 +79,7 @@ def at_line(monkeypatch: pytest.MonkeyPatch, line: int, do: Callable[[], object]
 def workers_of_this_process() -> list[psutil.Process]:
     """Return the processes that encode for this one."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "data_tools.task_worker" in child.cmdline()]
+    return [child for child in children if "data_tools.task_worker" in child.cmdline() and not child.children()]
 
 
 def test_every_number_of_workers_makes_the_same_bytes(
