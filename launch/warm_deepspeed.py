@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from pretrain.doctor.jit_locks import stale_locks
+
 DEADLINE_SECONDS = 600  # the build takes about one minute on two idle cores
 BUILD = "from pretrain import distributed as d; d.start(d.read_place()); " + (
     "from pretrain.engines.deepspeed_import import import_deepspeed; "
@@ -51,23 +53,6 @@ def main() -> int:
         return 1
     print(f"ready after {time.monotonic() - began:.0f} s")
     return 0
-
-
-def stale_locks(cache: Path) -> list[Path]:
-    """The lock files below `cache` that no process has open."""
-    locks = [path.resolve() for path in cache.glob("**/lock")]
-    held = set(_open_files()) if locks else set()
-    return [lock for lock in locks if str(lock) not in held]
-
-
-def _open_files() -> list[str]:
-    found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            found.append(os.readlink(link))
-        except OSError:  # the process ended, or is another user's
-            continue
-    return found
 
 
 if __name__ == "__main__":

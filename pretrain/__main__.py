@@ -61,6 +61,25 @@ def check(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN.yaml]", help="Also check its data and disk.")] = None,
+    overrides: Overrides = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Also check these hosts, and ssh to them.")] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help="A file for ssh -F.")] = None,
+    hashes: Annotated[bool, typer.Option("--hashes", help="Read every byte of the data and compare.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check whether this machine, or all nodes of a launcher, are fit for a run.
+
+    Green, yellow or red, with what to do; the exit code is 1 where anything is red.
+    """
+    from pretrain.doctor.examination import examine
+
+    code = examine(run, overrides or [], hostfile=hostfile, ssh_config=ssh_config, check_hashes=hashes, as_json=as_json)
+    raise typer.Exit(code)
+
+
+@app.command()
 def presets(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:

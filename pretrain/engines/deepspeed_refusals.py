@@ -31,9 +31,20 @@ REMOVED_KEYS = (
     "zero_optimization.zeropp_loco_param",
 )
 REMOVED_CHANGES: Mapping[str, str] = {
-    "elasticity": "; a run resumes on any number of ranks without it",
-    "curriculum_learning": "; data.train takes weights that change with the tokens read",
     "amp": "; set precision=bf16",
+    "compression_training": "; nothing takes its place: weights are trained whole",
+    "curriculum_learning": "; data.train takes weights that change with the tokens read",
+    "eigenvalue": "; nothing takes its place: it served quantize_training",
+    "elasticity": "; a run resumes on any number of ranks without it",
+    "graph_harvesting": "; set execution.compile=true",
+    "nebula": "; checkpoint.every_steps saves beside the training",
+    "progressive_layer_drop": "; nothing takes its place: every layer trains in every step",
+    "quantize_training": "; set precision=bf16",
+    "sparse_attention": "; parallel.sequence shares long rows between ranks",
+    "sparse_gradients": "; nothing takes its place: gradients of the token table are dense",
+    "zero_optimization.mics_hierarchical_params_gather": "; see ds_configs/zeropp.json",
+    "zero_optimization.mics_shard_size": "; see ds_configs/zeropp.json",
+    "zero_optimization.zeropp_loco_param": "; nothing takes its place: quantized gradients are refused",
 }
 _NO_PARITY = "not shown to give one process' numbers"
 

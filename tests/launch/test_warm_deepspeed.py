@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from launch.warm_deepspeed import stale_locks
+from pretrain.doctor.jit_locks import stale_locks
 from tests.launch import jobs
 
 WARM = [sys.executable, "-m", "launch.warm_deepspeed"]
