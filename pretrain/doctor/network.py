@@ -112,10 +112,15 @@ def _pair_speeds(place: Place) -> dict[int, float]:
             started = time.monotonic()
             _exchange(sent, received, partner)
             speeds[partner] = 2 * sent.numel() * 4 / (time.monotonic() - started)
-        circle = [circle[0], circle[-1], *circle[1:-1]]
+        circle = turned(circle)
         if distributed.any_rank(time.monotonic() - began > PAIRS_SECONDS):
             break
     return speeds
+
+
+def turned(circle: list[int]) -> list[int]:
+    """The next round: all but the first move on by one place, so that all meet all."""
+    return [circle[0], circle[-1], *circle[1:-1]]
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, partner: int) -> None:

@@ -49,8 +49,8 @@ def pretrain_commands() -> Iterator[list[str]]:
     """The words after `pretrain` or `data-tools` of every tested command, with the program first."""
     for command in tested_commands():
         words = shlex.split(command)
-        program = next(word for word in words if word in ("pretrain", "data-tools"))
-        yield [program, *words[words.index(program) + 1 :]]
+        if program := next((word for word in words if word in ("pretrain", "data-tools")), None):
+            yield [program, *words[words.index(program) + 1 :]]
 
 
 if __name__ == "__main__":
