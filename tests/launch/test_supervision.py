@@ -20,7 +20,7 @@ from pretrain.errors import ConfigError
 from tests.launch import jobs
 
 SMALL = "tests.launch.small_rank"
-DEADLINE_SECONDS = 60
+DEADLINE_SECONDS = 120
 
 
 def agent(folder: Path, *words: str, ranks: int = 2, grace: float = 20, options: Sequence[str] = ()) -> list[str]:
