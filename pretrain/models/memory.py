@@ -107,15 +107,21 @@ def estimate_memory(shape: Architecture, count: ParameterCount, layout: Layout, 
     moments), 2 (gradients) and 3 (weights) on. Assumes sdpa or flash attention, which keep no T x T matrix, and no
     compilation.
     """
+    return max(memory_by_stage(shape, count, layout, step), key=lambda estimate: estimate.total)
+
+
+def memory_by_stage(
+    shape: Architecture, count: ParameterCount, layout: Layout, step: Step
+) -> tuple[MemoryEstimate, ...]:
+    """The bytes of a rank at each place of the pipeline; one where there is none."""
     number_of_stages = layout.pipeline * (2 if layout.is_bidirectional else 1)
     stages = partition_layers(shape, number_of_stages, sequence_length=step.sequence_length, recomputes=step.recomputes)
-    estimates = [
+    return tuple(
         _rank_memory(
             shape, count, stages, stages_of_rank(place, layout.pipeline, layout.is_bidirectional), layout, step
         )
         for place in range(layout.pipeline)
-    ]
-    return max(estimates, key=lambda estimate: estimate.total)
+    )
 
 
 def _rank_memory(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pretrain.training.goodput import advised_interval_seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goodput:
@@ -22,7 +24,7 @@ class Goodput:
 
 
 def best_interval(*, stall: float, write: float, failure: float, restart: float) -> Goodput:
-    """The save interval of Daly 2006 (Future Generation Computer Systems 22, equation 37), a correction of Young 1974.
+    """The interval that loses least, and what it leaves.
 
     Args:
         stall: seconds that a save keeps training waiting.
@@ -30,12 +32,7 @@ def best_interval(*, stall: float, write: float, failure: float, restart: float)
         failure: mean seconds between failures, exponentially distributed.
         restart: seconds from a failure to the next step.
     """
-    if stall >= 2 * failure:
-        interval = failure
-    else:
-        ratio = math.sqrt(stall / (2 * failure))
-        interval = math.sqrt(2 * stall * failure) * (1 + ratio / 3 + ratio * ratio / 9) - stall
-    interval = max(interval, write, 1.0)
+    interval = max(advised_interval_seconds(stall, failure), write, 1.0)
     return Goodput(
         interval_seconds=interval,
         stall_seconds=stall,
@@ -45,7 +42,7 @@ def best_interval(*, stall: float, write: float, failure: float, restart: float)
 
 
 def kept_share(interval: float, *, stall: float, write: float, failure: float, restart: float) -> float:
-    """Daly 2006, equation 13, as a share: work done over the expected time, restarts and lost work included.
+    """Work done over the expected time, restarts and lost work included (Daly 2006, equation 13).
 
     A failure also loses what was trained while the last save was on its way: it falls back one save further.
     """

@@ -27,7 +27,7 @@ def print_plans(plans: Sequence[Plan], *, as_json: bool) -> None:
         return
     console = Console(soft_wrap=True, highlight=False)
     best, request = plans[0], plans[0].request
-    for line in _request_lines(request):
+    for line in request_lines(request):
         console.print(line)
     console.print(_line(COLUMNS))
     for plan in plans:
@@ -142,7 +142,8 @@ def _cells(plan: Plan) -> list[str]:
     ]
 
 
-def _request_lines(request: Request) -> Iterator[str]:
+def request_lines(request: Request) -> Iterator[str]:
+    """What is planned, in two lines."""
     device = request.device
     yield (
         f"{request.name}: {request.shape_parameters / 1e9:.2f} billion parameters on {request.nodes} x "

@@ -150,8 +150,8 @@ def llama_of_size(parameters: float) -> Mapping[str, Any]:
     Raises:
         ConfigError: no sensible shape is so small.
     """
-    if parameters < 1e7:
-        raise ConfigError(Problem(f"--model: {parameters:,.0f} parameters", "10M or more", "name a larger model"))
+    if parameters < 3e7:
+        raise ConfigError(Problem(f"--model: {parameters:,.0f} parameters", "30M or more", "name a larger model"))
     best = None
     step = 128 if parameters < 2e10 else 1024  # columns of whole heads, and of whole groups of them
     for hidden in range(2 * step, 65537, step):

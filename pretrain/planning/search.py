@@ -138,11 +138,15 @@ def search(request: Request, *, count: int = 8) -> list[Plan]:
 
 def best_plans(request: Request) -> list[Plan]:
     """Every way to cut that fits, with its best micro-batch and recomputation, fastest first."""
-    fitting = list(_fitting(request, all_choices(request))) or list(_fitting(request, offloaded_choices(request)))
     best: dict[Choice, Plan] = {}
-    for plan in sorted(fitting, key=lambda plan: plan.step.total):
+    for plan in sorted(fitting_plans(request), key=lambda plan: plan.step.total):
         best.setdefault(replace(plan.choice, micro_batch_size=1, recomputation="none"), plan)
     return list(best.values())
+
+
+def fitting_plans(request: Request) -> list[Plan]:
+    """Every layout that fits; with state in the host's memory only where there is no other."""
+    return list(_fitting(request, all_choices(request))) or list(_fitting(request, offloaded_choices(request)))
 
 
 def _fitting(request: Request, choices: Iterable[Choice]) -> Iterator[Plan]:
