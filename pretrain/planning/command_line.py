@@ -57,6 +57,30 @@ def plan(
     )
     if runs and not fit:
         raise typer.BadParameter(f"run folders ({runs[0]} ...) go with --fit")
+    if model is None:
+        _answer_without_model(predict=predict, flops=flops, unique_tokens=unique_tokens, runs=runs or [], html=html)
+        return
+    from pretrain.planning.answers import answer, print_scale
+    from pretrain.planning.request import build_request
+
+    request = build_request(
+        model=model,
+        nodes=nodes,
+        gpus=gpus,
+        tokens=tokens,
+        global_batch=global_batch,
+        sequence_length=sequence_length,
+        economy=_economy(price, failure_hours, restart_minutes, storage_gbps),
+    )
+    if at_scale:
+        print_scale(request)
+    else:
+        answer(request, explain=explain, write=write, page=html, as_json=as_json)
+
+
+def _answer_without_model(
+    *, predict: Path | None, flops: str | None, unique_tokens: str | None, runs: list[Path], html: Path | None
+) -> None:
     if predict is not None:
         from pretrain.planning.predict import predict_file
 
@@ -65,33 +89,23 @@ def plan(
         from pretrain.planning.answers import print_budget
 
         print_budget(flops, unique_tokens)
-    elif fit:
+    else:
         from pretrain.planning.answers import print_fit
 
-        print_fit(runs or [], html)
-    elif model is not None:
-        from pretrain.planning.answers import answer, print_scale
-        from pretrain.planning.request import build_request
+        print_fit(runs, html)
 
-        given = {
-            "hourly_price": price,
-            "failure_hours": failure_hours,
-            "restart_minutes": restart_minutes,
-            "storage_bandwidth": None if storage_gbps is None else storage_gbps * 1e9,
-        }
-        request = build_request(
-            model=model,
-            nodes=nodes,
-            gpus=gpus,
-            tokens=tokens,
-            global_batch=global_batch,
-            sequence_length=sequence_length,
-            economy={name: value for name, value in given.items() if value is not None},
-        )
-        if at_scale:
-            print_scale(request)
-        else:
-            answer(request, explain=explain, write=write, page=html, as_json=as_json)
+
+def _economy(
+    price: float | None, failure_hours: float | None, restart_minutes: float | None, storage_gbps: float | None
+) -> dict[str, float]:
+    """Those assumptions that were given."""
+    given = {
+        "hourly_price": price,
+        "failure_hours": failure_hours,
+        "restart_minutes": restart_minutes,
+        "storage_bandwidth": None if storage_gbps is None else storage_gbps * 1e9,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _refuse_mixtures(questions: dict[str, bool], *, of_model: dict[str, object], html: Path | None) -> None:
