@@ -186,9 +186,23 @@ class CheckpointSection(Section):
 
     every_steps: int | None = Field(default=None, gt=0)  # null: only at the end and when told to stop
     asynchronous: bool = True  # copy the state to the host's memory, and write it behind training
+    canary: bool = True  # keep the loss of a few rows, and refuse to go on where it is another after loading
     keep_last: int = Field(default=3, ge=1)
     keep_every_steps: int | None = Field(default=None, gt=0)  # keep all checkpoints of these steps; null: of none
     keep_best: int = Field(default=1, ge=0)  # by the first validation set's loss
+    local_folder: str | None = None  # on this node's own disk, instead of the run folder; one node only
+    durable: str | None = None  # folder or URL (s3://...) of this run alone for copies; null: none, or the run folder
+    durable_every_steps: int | None = Field(default=None, gt=0)  # null: only the last checkpoint is copied
+
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """See Section."""
+        if given.get("durable_every_steps") and not (given.get("durable") or given.get("local_folder")):
+            yield Problem(
+                "checkpoint.durable_every_steps is given, and nothing is copied anywhere",
+                "checkpoint.durable or checkpoint.local_folder beside it",
+                "add, for example, checkpoint.durable=s3://bucket/run, or leave it out",
+            )
 
 
 class EvaluationSection(Section):

@@ -16,9 +16,12 @@ import torch
 
 from pretrain import distributed
 from pretrain.accelerate_request import read_accelerate_request
+from pretrain.checkpoint.build import build_store
+from pretrain.checkpoint.copies import DurableCopies
 from pretrain.checkpoint.inspection import open_verified, select_checkpoint
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.resume import choose_checkpoint
+from pretrain.checkpoint.run_lock import hold_run_folder
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import RunConfig, save_config
 from pretrain.data import tokenizer_folder
@@ -44,6 +47,7 @@ from pretrain.reporting.wandb_destination import require_wandb
 from pretrain.run_plan import RunPlan, load_and_plan
 from pretrain.run_rows import samples_of, training_rows, validation_sets
 from pretrain.training import goodput, incidents
+from pretrain.training.canary import Canary, build_canary
 from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
 from pretrain.training.incidents import IncidentFile, read_incidents
@@ -69,6 +73,7 @@ class _Parts:
     data: OpenedData
     rows: TrainingRows
     store: CheckpointStore
+    copies: DurableCopies | None
     engine: Engine
     stop: StopRequest
     phases: Phases
@@ -91,7 +96,8 @@ def train(config_path: Path, overrides: list[str], resume: str, time_limit_secon
         with StopRequest(distributed.any_rank) as stop:
             if place.is_main_process:
                 stop.wishes += _wishes_to_stop(config, phases, time_limit_seconds)
-            progress = _train(config, plan, place, resume, stop, phases)
+            with hold_run_folder(config.folder) as is_ours:
+                progress = _train(config, plan, place, resume, stop, phases, is_ours)
     finally:
         distributed.stop()
     logger.info("done: step %d of %d, in %s", progress.step, plan.batch.total_steps, config.folder)
@@ -137,7 +143,15 @@ def generate(source: Path, prompts: list[str], *, max_new_tokens: int, sampling:
     return generate_from(source, prompts, max_new_tokens=max_new_tokens, sampling=sampling, device=device)
 
 
-def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: StopRequest, phases: Phases) -> Progress:
+def _train(
+    config: RunConfig,
+    plan: RunPlan,
+    place: Place,
+    resume: str,
+    stop: StopRequest,
+    phases: Phases,
+    is_ours: Callable[[], bool],
+) -> Progress:
     data = open_datasets(
         config.data,
         sequence_length=config.batch.sequence_length,
@@ -145,14 +159,8 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         # reading every byte once a node is enough
         check_hashes=config.data.verify == "hashes" and place.local_rank == 0,
     )
-    store = CheckpointStore(
-        config.folder / "checkpoints",
-        keep_last=config.checkpoint.keep_last,
-        keep_best=config.checkpoint.keep_best,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-        asynchronous=config.checkpoint.asynchronous,
-    )
-    checkpoint = choose_checkpoint(store, resume)
+    store, copies = build_store(config.checkpoint, config.folder, place, is_ours=is_ours)
+    checkpoint = choose_checkpoint(store, resume, copies.target if copies else None)
     incident_file = IncidentFile(config.folder / incidents.FILE_NAME if place.is_main_process else None)
     if checkpoint is None:
         incident_file.set_aside()
@@ -169,6 +177,7 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
         data=data,
         rows=rows,
         store=store,
+        copies=copies,
         engine=engine,
         stop=stop,
         phases=phases,
@@ -178,7 +187,7 @@ def _train(config: RunConfig, plan: RunPlan, place: Place, resume: str, stop: St
     outcome: Outcome = "failed"
     with ExitStack() as closing:
         closing.callback(engine.close)
-        progress = replace(_restore(engine, checkpoint), skipped_windows=rows.skipped)
+        progress = replace(_restore(parts, checkpoint), skipped_windows=rows.skipped)
         ledger.start(step=progress.step, launched_at=distributed.launched_at(), world_size=place.world_size)
         closing.callback(lambda: ledger.end(outcome))
         try:
@@ -247,7 +256,6 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
     with ExitStack() as closing:
         reporter = _build_reporter(config, place, progress, checkpoint)
         closing.callback(lambda: reporter.close(outcome=outcome))
-        closing.callback(parts.store.close)
         data_rank = plan.topology.coordinate(place.rank).data
         loader = TrainingLoader(
             parts.rows,
@@ -260,6 +268,17 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
         guard = Guard(config.guard, record=parts.incidents.append, order_place=parts.rows.order_place)
         if checkpoint is not None and "guard" in checkpoint.manifest.metadata:
             guard.restore(checkpoint.manifest.metadata["guard"])
+        saves = Saves(
+            store=parts.store,
+            engine=parts.engine,
+            reporter=reporter,
+            metadata=partial(_metadata, parts, reporter, guard),
+            phases=parts.phases,
+            canary=_build_canary(parts),
+            copies=parts.copies,
+            copied_every_steps=config.checkpoint.durable_every_steps,
+        )
+        closing.callback(saves.close)
         loop = TrainingLoop(
             config=config,
             plan=plan.batch,
@@ -267,13 +286,7 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
             schedule=build_schedule(config.schedule, plan.batch),
             validation=validation_sets(config, plan, parts.data, data_rank),
             reporter=reporter,
-            saves=Saves(
-                store=parts.store,
-                engine=parts.engine,
-                reporter=reporter,
-                metadata=partial(_metadata, parts, reporter, guard),
-                phases=parts.phases,
-            ),
+            saves=saves,
             meter=_build_meter(plan, place.device, progress),
             guard=guard,
             stop=parts.stop,
@@ -334,15 +347,25 @@ def _build_engine(config: RunConfig, plan: RunPlan, device: torch.device) -> Eng
     )
 
 
-def _restore(engine: Engine, checkpoint: Checkpoint | None) -> Progress:
+def _restore(parts: _Parts, checkpoint: Checkpoint | None) -> Progress:
     """Put the engine where the checkpoint stands; step 0 without one."""
     if checkpoint is None:
         return Progress()
-    checkpoint.require_model(engine.parameter_shapes())
-    engine.restore(checkpoint)
+    checkpoint.require_model(parts.engine.parameter_shapes())
+    parts.engine.restore(checkpoint)
+    checkpoint.close()
+    if (recorded := checkpoint.manifest.metadata.get("canary")) and (canary := _build_canary(parts)):
+        canary.require_same(recorded)
     progress = Progress.from_json(checkpoint.manifest.progress)
     logger.info("going on from %s: step %d, %d tokens seen", checkpoint.path, progress.step, progress.tokens_seen)
     return progress
+
+
+def _build_canary(parts: _Parts) -> Canary | None:
+    if not parts.config.checkpoint.canary:
+        return None
+    data_rank = parts.plan.topology.coordinate(parts.place.rank).data
+    return build_canary(parts.config, parts.plan.batch, parts.rows, parts.engine, data_rank=data_rank)
 
 
 def _metadata(parts: _Parts, reporter: Reporter, guard: Guard, progress: Progress) -> dict[str, Any]:

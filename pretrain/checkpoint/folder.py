@@ -31,9 +31,19 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder's name is that of a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def staging_path(folder: Path, step: int) -> Path:
     """Where a checkpoint is written before it is published."""
-    return folder / (_STAGING + checkpoint_name(step))
+    return staging_of(folder / checkpoint_name(step))
+
+
+def staging_of(path: Path) -> Path:
+    """The folder that becomes this checkpoint."""
+    return path.with_name(_STAGING + path.name)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import torch
 
 from pretrain.checkpoint.folder import BEST, LATEST, follow, list_checkpoints
 from pretrain.checkpoint.fragments import element_count
-from pretrain.checkpoint.manifest import MANIFEST_NAME, Manifest, find_file_fault, read_manifest
+from pretrain.checkpoint.manifest import MANIFEST_NAME, Manifest, find_faults_of, read_manifest
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.errors import CheckpointError, Problem
 
@@ -80,7 +80,7 @@ def list_run(run: Path) -> list[Listing]:
 def find_faults(path: Path) -> list[str]:
     """Read a checkpoint to its last byte and say everything that is wrong with it; empty where it is whole."""
     try:
-        faults = [fault for file in read_manifest(path).files if (fault := find_file_fault(path, file))]
+        faults = list(find_faults_of(path, read_manifest(path).files))
         if not faults:
             Checkpoint(path).close()
     except CheckpointError as error:

@@ -6,7 +6,10 @@ Reads, writes and checks it. Knows nothing of ranks, and imports no torch, so th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from pretrain.errors import CheckpointError, Problem
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
+READERS = 4
 READABLE_VERSIONS = (1, 2)  # 1 had no table of fragments: the header of every file is read instead
 
 
@@ -101,6 +105,12 @@ def find_file_fault(folder: Path, record: FileRecord, *, check_hash: bool = True
     except OSError as error:
         return f"{record.name}: {error}"
     return None
+
+
+def find_faults_of(folder: Path, records: Sequence[FileRecord]) -> Iterator[str]:
+    """What is wrong with some files, in their order; several are read at a time, which disks are faster at."""
+    with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-verify") as readers:
+        yield from filter(None, readers.map(partial(find_file_fault, folder), records))
 
 
 def with_files(manifest: Manifest, files: list[FileRecord], index: FileRecord | None = None) -> Manifest:

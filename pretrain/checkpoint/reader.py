@@ -9,6 +9,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pretrain.checkpoint.manifest import Manifest, read_manifest
 from pretrain.errors import CheckpointError, Problem
 
 MOST_OPEN_FILES = 64
+READERS, PART_BYTES = 4, 4 << 20
 SHOWN_DIFFERENCES = 5
 
 
@@ -37,6 +39,7 @@ class Checkpoint:
         self.manifest: Manifest = read_manifest(path)
         self._pieces = read_pieces(path, self.manifest)
         self._files: OrderedDict[Path, int] = OrderedDict()
+        self._readers: ThreadPoolExecutor | None = None
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -121,6 +124,9 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the files that reading opened."""
+        if self._readers is not None:
+            self._readers.shutdown()
+            self._readers = None
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -155,15 +161,18 @@ class Checkpoint:
         target.copy_(_select(rows, (common[0], *held[1:]), common))
 
     def _read_bytes(self, path: Path, offset: int, target: torch.Tensor) -> None:
-        """Fill a contiguous tensor from a file."""
+        """Fill a contiguous tensor from a file; long ones in parts, several at a time, which disks are faster at."""
         buffer = target.view(-1).numpy().data.cast("B")
+        descriptor = self._descriptor(path)
+        starts = range(0, len(buffer), PART_BYTES)
+        parts = [(descriptor, buffer[start : start + PART_BYTES], offset + start) for start in starts]
         try:
-            while buffer:
-                count = os.preadv(self._descriptor(path), [buffer], offset)
-                if count == 0:
-                    raise OSError("the file ends too early")
-                buffer = buffer[count:]
-                offset += count
+            if len(parts) == 1:
+                _fill(*parts[0])
+            elif parts:
+                self._readers = self._readers or ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint-reader")
+                for _ in self._readers.map(_fill, *zip(*parts, strict=True)):
+                    pass
         except OSError as error:
             raise CheckpointError(
                 Problem(f"{path}: {error}", "a file that did not change since it was verified", "check the disk")
@@ -177,6 +186,15 @@ class Checkpoint:
             self._files[path] = os.open(path, os.O_RDONLY)
         self._files.move_to_end(path)
         return self._files[path]
+
+
+def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
+    while buffer:
+        count = os.preadv(descriptor, [buffer], offset)
+        if count == 0:
+            raise OSError("the file ends too early")
+        buffer = buffer[count:]
+        offset += count
 
 
 def read_pieces(path: Path, manifest: Manifest) -> Pieces:

@@ -25,10 +25,21 @@ class Retention:
     best: int = 1  # by validation loss
     every_steps: int | None = None  # of these steps all; null: none for its step alone
 
-    def doomed(self, folder: Path, *, rejected: Collection[str] = (), coming: Manifest | None = None) -> list[str]:
+    def doomed(
+        self,
+        folder: Path,
+        *,
+        rejected: Collection[str] = (),
+        in_use: Collection[str] = (),
+        coming: Manifest | None = None,
+    ) -> list[str]:
         """Names that are kept no longer; rejected ones never fill a place.
 
-        `coming`: of a checkpoint about to be published, to know beforehand.
+        Args:
+            folder: of the checkpoints.
+            rejected: names that do not verify.
+            in_use: names that are still to be copied elsewhere.
+            coming: of a checkpoint about to be published, to know beforehand; it may lie in no folder yet.
         """
         listed = list_checkpoints(folder)
         good = [(path.name, manifest) for path, manifest in readable(listed) if path.name not in rejected]
@@ -42,7 +53,7 @@ class Retention:
             kept |= {name for name, manifest in good if manifest.step % self.every_steps == 0}
         if pointed := follow(folder, BEST):
             kept.add(pointed.name)
-        return [path.name for path in listed if path.name not in kept]
+        return [path.name for path in listed if path.name not in kept and path.name not in in_use]
 
 
 def readable(paths: Collection[Path]) -> list[tuple[Path, Manifest]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -27,7 +27,7 @@ from pretrain.checkpoint.folder import (
 from pretrain.checkpoint.fragment_file import ITEM_BYTES, WrittenFile
 from pretrain.checkpoint.fragments import KINDS, Fragment, element_count
 from pretrain.checkpoint.host_buffers import HostBuffers
-from pretrain.checkpoint.manifest import Manifest, find_file_fault, read_manifest
+from pretrain.checkpoint.manifest import Manifest, find_faults_of, find_file_fault, read_manifest
 from pretrain.checkpoint.provenance import git_state, package_versions
 from pretrain.checkpoint.publisher import Known, Publisher
 from pretrain.checkpoint.rank_records import write_record
@@ -62,12 +62,27 @@ class CheckpointStore:
         keep_every_steps: int | None = None,
         file_bytes: int = FILE_BYTES,
         asynchronous: bool = True,
+        in_use: Callable[[], Collection[str]] = tuple,
+        is_ours: Callable[[], bool] = lambda: True,
     ) -> None:
+        """Open a folder, which need not exist.
+
+        Args:
+            folder: shared by all ranks.
+            keep_last: checkpoints kept, the last written.
+            keep_best: checkpoints kept, those of the lowest validation losses.
+            keep_every_steps: all checkpoints of these steps are kept; null: of none.
+            file_bytes: values of one file.
+            asynchronous: write behind training.
+            in_use: names of checkpoints that must not be deleted now.
+            is_ours: false once another run took over the folder: nothing is published any more.
+        """
         self.folder = Path(folder)
         self._known = Known()
         self._retention = Retention(last=keep_last, best=keep_best, every_steps=keep_every_steps)
         self._file_bytes = file_bytes
         self._asynchronous = asynchronous
+        self._in_use, self._is_ours = in_use, is_ours
         self._buffers: HostBuffers | None = None
         self._job: SaveJob | None = None  # in flight: on all ranks or on none
         self._reports: list[SaveReport] = []  # not yet told
@@ -144,6 +159,8 @@ class CheckpointStore:
             retention=self._retention,
             known=self._known,
             is_read_back=is_read_back,
+            in_use=self._in_use,
+            is_ours=self._is_ours,
         )
         act = partial(_write_and_publish, write, staging, publisher if rank() == 0 else None, is_read_back)
         self._job = SaveJob(step, act, stall_seconds=time.perf_counter() - began)
@@ -187,6 +204,12 @@ class CheckpointStore:
             self._job.give_up()
         self._job = None
 
+    def clean(self) -> None:
+        """Remove what a killed run left: saves and deletions that did not end. Every rank must call."""
+        with fail_together("cleaning up after a killed run", "a folder that can be written", "check the run folder"):
+            if rank() == 0 and self.folder.is_dir():
+                clean_leftovers(self.folder)
+
     def newest_valid(self) -> Checkpoint | None:
         """The last written checkpoint whose every byte verifies; those rejected are logged. Every rank must call."""
         assert self._job is None, "a save is in flight: finish it first"
@@ -201,9 +224,7 @@ class CheckpointStore:
         """Read a checkpoint back, the files shared out over the ranks; say what is wrong. Every rank must call."""
         own_fault = None
         try:
-            files = read_manifest(path).files
-            for file in files[rank() :: world_size()]:
-                own_fault = own_fault or find_file_fault(path, file)
+            own_fault = next(find_faults_of(path, read_manifest(path).files[rank() :: world_size()]), None)
             if rank() == 0 and own_fault is None:
                 Checkpoint(path).close()
         except CheckpointError as error:
@@ -302,7 +323,9 @@ class CheckpointStore:
 
     def _must_read_back(self, coming: Manifest) -> bool:
         """Whether this save leads to deletions while nothing that stays was read back yet."""
-        doomed = self._retention.doomed(self.folder, rejected=self._known.rejected, coming=coming)
+        doomed = self._retention.doomed(
+            self.folder, rejected=self._known.rejected, in_use=self._in_use(), coming=coming
+        )
         known = self._known.verified.difference(doomed, [checkpoint_name(coming.step)])
         return bool(doomed) and not known
 

@@ -6,7 +6,7 @@ Which rows a step has is batch_plan.py's and training_rows.py's; what a batch ho
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -113,12 +113,38 @@ def evaluation_batches(
         DataError: a row cannot be read.
     """
     row_count = source.rows if max_rows is None else min(source.rows, max_rows)
-    rows_per_round = micro_batch_size * data_parallel_size
-    for round_start in range(0, row_count, rows_per_round):
-        first = round_start + rank * micro_batch_size
-        indices = range(first, first + micro_batch_size)
-        rows = [source.row(index) if index < row_count else empty_row(source.sequence_length) for index in indices]
+    for own in _rounds(row_count, micro_batch_size, rank, data_parallel_size):
+        rows = [source.row(index) for index in own]
+        rows += [empty_row(source.sequence_length)] * (micro_batch_size - len(rows))
         yield build_micro_batch(rows, source.sequence_length)
+
+
+def order_batches(
+    rows: TrainingRows,
+    places: Sequence[int],
+    *,
+    micro_batch_size: int,
+    rank: int,
+    data_parallel_size: int,
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches of some places of the sample order, as many as on every other rank.
+
+    Raises:
+        DataError: a row cannot be read.
+    """
+    for own in _rounds(len(places), micro_batch_size, rank, data_parallel_size):
+        read = (
+            rows.read(rows.locate_in_order(np.array([places[number] for number in own], dtype=np.int64))) if own else []
+        )
+        read += [empty_row(rows.sequence_length)] * (micro_batch_size - len(read))
+        yield build_micro_batch(read, rows.sequence_length)
+
+
+def _rounds(count: int, micro_batch_size: int, rank: int, data_parallel_size: int) -> Iterator[range]:
+    """Places of this rank's rows, one range a micro-batch; the last one may be short, or empty."""
+    for start in range(0, count, micro_batch_size * data_parallel_size):
+        first = start + rank * micro_batch_size
+        yield range(min(first, count), min(first + micro_batch_size, count))
 
 
 def _micro_batches_from(

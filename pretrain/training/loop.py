@@ -67,7 +67,8 @@ class TrainingLoop:
             self.phases.doing("agreeing")
             is_stopping = self.stop.is_agreed()
             is_best = progress.best_step == progress.step and self.config.checkpoint.keep_best > 0
-            is_due = self._is_due(self.config.checkpoint.every_steps, progress)
+            kept = self.config.checkpoint
+            is_due = self._is_due(kept.every_steps, progress) or self._is_due(kept.durable_every_steps, progress)
             if is_stopping or is_best or is_due or self._is_finished(progress):
                 progress = self._save(progress, is_best=is_best)
             if is_stopping and not self._is_finished(progress):
@@ -143,7 +144,7 @@ class TrainingLoop:
 
     def _finish_saves(self, progress: Progress) -> None:
         with self.phases.inside("save"), self.meter.paused():
-            self.saves.finish(progress)
+            self.saves.finish(progress, is_last=self._is_finished(progress))
 
     @staticmethod
     def _is_due(every_steps: int | None, progress: Progress) -> bool:
