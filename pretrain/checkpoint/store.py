@@ -152,16 +152,7 @@ class CheckpointStore:
         except BaseException:
             self._drop(staging)
             raise
-        publisher = Publisher(
-            staging=staging,
-            manifest=manifest,
-            ranks=range(world_size()),
-            retention=self._retention,
-            known=self._known,
-            is_read_back=is_read_back,
-            in_use=self._in_use,
-            is_ours=self._is_ours,
-        )
+        publisher = self._publisher(staging, manifest, is_read_back)
         act = partial(_write_and_publish, write, staging, publisher if rank() == 0 else None, is_read_back)
         self._job = SaveJob(step, act, stall_seconds=time.perf_counter() - began)
         if not self._asynchronous:
@@ -273,6 +264,18 @@ class CheckpointStore:
             blocks = self._buffers.copy(fragments)
             return lambda is_abandoned: write_blocks(blocks, staging, rank=rank(), is_abandoned=is_abandoned)
         raise AssertionError("unreachable")
+
+    def _publisher(self, staging: Path, manifest: Manifest, is_read_back: bool) -> Publisher:
+        return Publisher(
+            staging=staging,
+            manifest=manifest,
+            ranks=range(world_size()),
+            retention=self._retention,
+            known=self._known,
+            is_read_back=is_read_back,
+            in_use=self._in_use,
+            is_ours=self._is_ours,
+        )
 
     def _wait(self) -> None:
         """Wait until no save is in flight. Collective; a fault of one rank ends the wait of all."""
