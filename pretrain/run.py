@@ -6,6 +6,7 @@ The only file that knows all parts. Decides nothing itself; importing it imports
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
