@@ -143,6 +143,30 @@ def goodput(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folde
 
 
 @app.command()
+def monitor(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page instead.")] = None,
+    follow: Annotated[
+        bool | None, typer.Option(help="Look again and again until Ctrl-C; default: on a terminal, not with --html.")
+    ] = None,
+    every_seconds: Annotated[float, typer.Option(min=0.2, help="Between two looks.")] = 2.0,
+    log_alerts: Annotated[bool, typer.Option(help="Log each alert on stderr.")] = False,
+    webhook: Annotated[str | None, typer.Option(help="POST each alert as JSON to this address.")] = None,
+) -> None:
+    """Watch runs from their folders alone: curves, speed, time left, alerts.
+
+    On a terminal, or as one page with --html; training is not disturbed.
+    """
+    from pretrain.monitoring import alert_targets
+    from pretrain.monitoring.watch import watch
+
+    targets = [alert_targets.to_log] if log_alerts else []
+    targets += [alert_targets.to_webhook(webhook)] if webhook else []
+    is_once = not (sys.stdout.isatty() and html is None if follow is None else follow)
+    watch(runs, every_seconds=every_seconds, is_once=is_once, page=html, targets=targets)
+
+
+@app.command()
 def evaluate(
     source: Source,
     data: Annotated[Path | None, typer.Option(help="A packed dataset; default: the run's validation sets.")] = None,

@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=../launch/environment.sh
 source launch/environment.sh
 
-# DeepSpeed's CPU op and torch.compile; nodes over ssh, and a private Slurm, for tests/launch
-SYSTEM_PACKAGES=(g++ openssh-client openssh-server pdsh munge slurm-wlm shellcheck)
+# DeepSpeed's CPU op and torch.compile; nodes over ssh, and a private Slurm, for tests/launch; a browser for pages
+SYSTEM_PACKAGES=(g++ openssh-client openssh-server pdsh munge slurm-wlm shellcheck chromium)
 
 wants_system=false
 selection='not slow'

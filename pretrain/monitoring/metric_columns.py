@@ -1,0 +1,129 @@
+"""A metrics file as columns of numbers: opened at once however long it is, then followed line by line.
+
+Knows no metric by its meaning but the loss, whose peaks survive thinning. The format is reporting/metrics_file.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from pretrain.reporting.metrics_file import NOT_FINITE
+
+Column = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps (whole numbers) and values, in the order of the lines
+EXACT_BYTES = 2 << 20  # of the end of a file: read line by line (some 8,000 lines)
+STRETCHES = 500  # into which the lines before are cut
+LINES_OF_A_STRETCH = 20  # kept, besides its lowest and highest loss and every line that is not a training line
+_LOSS = re.compile(rb'"loss":([-+.e\d]+)')
+_NOT_FINITE_LOSS = re.compile(rb'"loss":"')
+_RARE = re.compile(rb'"(?:validation|checkpoint)/')  # what only some lines hold
+
+
+class MetricColumns:
+    """The numbers of one metrics file. `refresh` reads what was written since; a file that was cut is read anew.
+
+    Of a long file only the end is read whole: of the lines before, evenly spread ones, those of the lowest and highest
+    loss around, those of no finite loss, and all of validation and saves are kept: more than a picture can show.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = -1
+        self._offset = 0  # bytes read
+        self.line_count = 0  # of the file; not all of a long one are kept
+        self._older: dict[str, NDArray[np.float64]] = {}  # name -> (2, lines)
+        self._recent: dict[str, list[tuple[float, float]]] = defaultdict(list)  # name -> (step, value) since `column`
+
+    def refresh(self) -> int:
+        """Read whole lines that are new. A half-written last one waits for its end, a damaged one is passed over.
+
+        Returns:
+            How many lines the file has.
+        """
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            self._forget()
+            return 0
+        if status.st_ino != self._inode or status.st_size < self._offset:
+            self._forget()
+            self._inode = status.st_ino
+        if status.st_size > self._offset:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                text = file.read(status.st_size - self._offset)
+            text = text[: text.rfind(b"\n") + 1]
+            self._offset += len(text)
+            self.line_count += text.count(b"\n")
+            for line in _thinned(text):
+                self._add(line)
+        return self.line_count
+
+    def names(self) -> Sequence[str]:
+        """Every metric seen, sorted."""
+        return sorted({*self._older, *self._recent})
+
+    def column(self, name: str) -> Column:
+        """Steps and values of a metric; both empty where no line has it."""
+        if recent := self._recent.pop(name, None):
+            new = np.asarray(recent, dtype=np.float64).T
+            self._older[name] = np.concatenate([self._older[name], new], axis=1) if name in self._older else new
+        steps, values = self._older.get(name, np.empty((2, 0)))
+        return steps, values
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        if recent := self._recent.get(name):
+            return recent[-1][1]
+        values = self.column(name)[1]
+        return float(values[-1]) if values.size else None
+
+    def _forget(self) -> None:
+        self._inode = -1
+        self._offset = 0
+        self.line_count = 0
+        self._older.clear()
+        self._recent.clear()
+
+    def _add(self, line: bytes) -> None:
+        try:
+            values = orjson.loads(line)
+            step = float(values.pop("step"))
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
+            return
+        for name, value in values.items():
+            if isinstance(value, int | float) or value in NOT_FINITE:
+                self._recent[name].append((step, float(value)))
+
+
+def _thinned(text: bytes) -> Iterator[bytes]:
+    """The lines of a text, all of its end and some of what comes before."""
+    exact_from = text.rfind(b"\n", 0, max(0, len(text) - EXACT_BYTES)) + 1
+    begin, stretch_bytes = 0, max(1, exact_from // STRETCHES)
+    while begin < exact_from:
+        end = text.index(b"\n", min(begin + stretch_bytes, exact_from) - 1) + 1
+        yield from _some_lines(text[begin:end])
+        begin = end
+    yield from text[exact_from:].splitlines()
+
+
+def _some_lines(stretch: bytes) -> Iterator[bytes]:
+    """Lines at even distances, those of the extreme losses, and the rare kinds, found without looking at each line."""
+    places = set(range(0, len(stretch), max(1, len(stretch) // LINES_OF_A_STRETCH)))
+    places.update(match.start() for match in _RARE.finditer(stretch))
+    texts = _LOSS.findall(stretch)
+    with suppress(ValueError):  # of a damaged line
+        losses = list(map(float, texts))
+        for extreme in (min, max) if losses else ():
+            places.add(stretch.index(b'"loss":' + texts[losses.index(extreme(losses))]))
+    places.update(match.start() for match in _NOT_FINITE_LOSS.finditer(stretch))
+    begins = {stretch.rfind(b"\n", 0, place) + 1 for place in places}
+    for begin in sorted(begins):
+        yield stretch[begin : stretch.index(b"\n", begin)]
