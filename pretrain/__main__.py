@@ -160,8 +160,9 @@ def monitor(
     from pretrain.monitoring import alert_targets
     from pretrain.monitoring.watch import watch
 
-    targets = [alert_targets.to_log] if log_alerts else []
-    targets += [alert_targets.to_webhook(webhook)] if webhook else []
+    targets: list[alert_targets.Target] = [alert_targets.to_log] if log_alerts else []
+    if webhook:
+        targets.append(alert_targets.to_webhook(webhook))
     is_once = not (sys.stdout.isatty() and html is None if follow is None else follow)
     watch(runs, every_seconds=every_seconds, is_once=is_once, page=html, targets=targets)
 
