@@ -37,7 +37,7 @@ def execute(job: Job, rendering: Rendering) -> int:
     if rendering.status is not None:
         rendering.status.mkdir(parents=True, exist_ok=True)
     if rendering.launcher is not None and rendering.status is not None:
-        forget(rendering.status)
+        forget(rendering.status, rendering.own_ranks)
     for file in rendering.files:
         write(file)
     if rendering.launcher is None or rendering.status is None:
@@ -68,24 +68,26 @@ def _hand_in(rendering: Rendering) -> int:
 def _supervise(job: Job, rendering: Rendering) -> int:
     assert rendering.launcher is not None
     assert rendering.status is not None
-    (command,) = rendering.commands
+    restarts_are_ours = all("--max-restarts" not in command.words for command in rendering.commands)
     for restart in range(job.restarts + 1):
-        environment = {**rendering.environment, **command.environment, RESTART: str(restart)}
+        commands = [
+            (command.words, {**rendering.environment, **command.environment, RESTART: str(restart)})
+            for command in rendering.commands
+        ]
         supervision = Supervision(
             status=rendering.status,
             grace_seconds=job.grace_seconds,
             launcher=rendering.launcher,
-            time_limit_seconds=job.time_limit_seconds,
+            time_limit_seconds=None if job.time_limit_seconds is None else job.time_limit_seconds - job.grace_seconds,
         )
-        outcome = judge(rendering.status, supervision.run([(command.words, environment)]))
+        outcome = judge(rendering.status, supervision.run(commands))
         if outcome.paragraph:
             print(f"\n{outcome.paragraph}", file=sys.stderr, flush=True)
-        restarts_are_ours = "--max-restarts" not in command.words
-        is_last = restart == job.restarts or supervision.stopped_for is not None or not restarts_are_ours
+        is_last = restart == job.restarts or supervision.was_told_to_stop or not restarts_are_ours
         if is_last or not start_helps(outcome.code):
             return outcome.code
         print(f"Starting again: {restart + 1} of {job.restarts}.", file=sys.stderr, flush=True)
-        forget(rendering.status)
+        forget(rendering.status, rendering.own_ranks)
     raise AssertionError("the last start returns")
 
 

@@ -151,6 +151,9 @@ def _problems(job: Job) -> Iterator[Problem]:
     """What keys that are each right do not allow together."""
     if job.time_limit is not None and not job.time_limit_seconds:
         yield Problem(f"time_limit is {job.time_limit!r}", "such as 23:50:00, 1-00:00:00 or 23h50m", "change it")
+    elif job.time_limit_seconds is not None and job.time_limit_seconds <= job.grace_seconds:
+        found = f"time_limit is {job.time_limit}, grace_seconds {job.grace_seconds:g}"
+        yield Problem(found, "more time than the last save may take", "raise time_limit, or lower grace_seconds")
     if job.hosts and job.hostfile:
         yield Problem("hosts and hostfile are both given", "one of them", "keep one")
     yield from _host_problems(job)

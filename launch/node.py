@@ -53,8 +53,8 @@ def run_node(options: argparse.Namespace, environment: Mapping[str, str]) -> int
         node_rank = int(_value(FROM + options.node_rank_from, environment))
     if not 0 <= node_rank < options.nodes:
         raise LaunchError(Problem(f"node rank {node_rank} of {options.nodes}", "0 <= node rank < nodes", "check it"))
-    if options.nodes == 1:
-        forget(options.status)
+    first = node_rank * options.ranks
+    forget(options.status, range(first, first + options.ranks))
     secrets = ["--secrets", options.secrets] if options.secrets else []
     guardian = [sys.executable, "-m", "launch.rank", "--status", str(options.status)]
     guardian += ["--grace", f"{options.grace:g}", *secrets, "--", *options.words]
@@ -66,7 +66,7 @@ def run_node(options: argparse.Namespace, environment: Mapping[str, str]) -> int
         "GROUP_RANK": str(node_rank),
     }
     commands = [
-        (guardian, {**environment, **places, "RANK": str(node_rank * options.ranks + local), "LOCAL_RANK": str(local)})
+        (guardian, {**environment, **places, "RANK": str(first + local), "LOCAL_RANK": str(local)})
         for local in range(options.ranks)
     ]
     supervision = Supervision(status=options.status, grace_seconds=options.grace, launcher="agent")

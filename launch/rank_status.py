@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,11 +51,11 @@ def _read(folder: Path) -> Iterator[RankStatus]:
             yield RankStatus(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def forget(folder: Path) -> None:
-    """Remove what an earlier start left."""
-    for pattern in ("rank-*.json", "rank-*.new", "failed-*", STOP):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+def forget(folder: Path, ranks: Iterable[int] | None = None) -> None:
+    """Remove what an earlier start left: of these ranks (None: of all), and marks that would end the new one."""
+    left = list(folder.glob("rank-*.json")) if ranks is None else [folder / f"rank-{rank}.json" for rank in ranks]
+    for path in [*left, *folder.glob("failed-*"), folder / STOP]:
+        path.unlink(missing_ok=True)
 
 
 def failure_mark(folder: Path, attempt: str) -> Path:

@@ -52,6 +52,7 @@ class Rendering:
     environment: Mapping[str, str]  # of the commands here, all of it
     launcher: LauncherKind | None = None  # None: the command hands the job over to a scheduler, and ends
     status: Path | None = None  # folder in which ranks say how they end; None: not reachable from here
+    own_ranks: range | None = None  # of this node, where other nodes start theirs in the same folder; None: all
     notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:

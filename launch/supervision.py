@@ -22,6 +22,7 @@ from launch.rendering import LauncherKind
 
 SAME_WISH_SECONDS = 3.0  # a terminal's Ctrl-C arrives several times; later than this, it is impatience
 SECONDS_FOR_GUARDIANS = 2.0  # after the grace, for guardians to kill and to say so
+A_RANK_FAILED = "a rank failed"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -30,7 +31,7 @@ class Supervision:
 
     Args:
         launcher: `agent`: the commands are guardians; otherwise there is one command, which starts them.
-        time_limit_seconds: after it ranks are told to save and end.
+        time_limit_seconds: when ranks are told to save and end, the grace not included.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Supervision:
         self._signals: list[int] = []
         self._asked_at: float | None = None
         self._kill_at: float | None = None
-        self.stopped_for: str | None = None  # why it was told to stop, where it was
+        self.was_told_to_stop = False  # by a signal or the time limit: then nobody wants another start
 
     def run(self, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> int:
         """Run commands, each with its whole environment, until all have ended; returns the first code that is not 0."""
@@ -113,7 +114,7 @@ class Supervision:
         if self._limit is not None and now >= self._limit:
             self._ask("the time limit", self._grace_seconds)
         if self._launcher == "agent" and any(code not in ORDERED_ENDS for code in self._codes):
-            self._ask("a rank failed", FAILURE_GRACE_SECONDS)
+            self._ask(A_RANK_FAILED, FAILURE_GRACE_SECONDS)
         if self._kill_at is not None and now >= self._kill_at:
             kill_descendants(os.getpid())
 
@@ -121,7 +122,7 @@ class Supervision:
         """Tell every rank of this node at once, and those of other nodes through the folder."""
         if self._asked_at is not None:
             return
-        self.stopped_for = reason
+        self.was_told_to_stop = reason != A_RANK_FAILED
         self._asked_at = time.monotonic()
         self._kill_at = self._asked_at + grace_seconds + SECONDS_FOR_GUARDIANS
         with contextlib.suppress(OSError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.backends.place import Place, agreed_port, free_port, main_address, own_node_rank, rank_words
+from launch.backends.place import Place, agreed_port, free_port, main_address, own_node_rank, rank_words, ranks_of_node
 from launch.job import Job
 from launch.rendering import Command, RenderedFile, Rendering, yaml_for_others
 from pretrain.config import RunConfig, load_config
@@ -44,6 +44,7 @@ def render_accelerate(job: Job, place: Place) -> Rendering:
         environment=environment,
         launcher="torchrun",
         status=place.status(job),
+        own_ranks=ranks_of_node(job, rank),
         notes=(f"node {rank} of {job.nodes}; start the same on every node, with its own --node-rank",)
         if job.nodes > 1
         else (),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from launch.backends.place import Place, agreed_port, free_port, main_address, own_node_rank, rank_words
+from launch.backends.place import Place, agreed_port, free_port, main_address, own_node_rank, rank_words, ranks_of_node
 from launch.job import Job
 from launch.rendering import Command, RenderedFile, Rendering
 from launch.travelling import PLAIN_VALUE, problems_of_sending
@@ -60,6 +60,7 @@ def _without_ssh(job: Job, place: Place) -> Rendering:
         environment=dict(place.environment) | dict(place.travelling),
         launcher="deepspeed",
         status=place.status(job),
+        own_ranks=ranks_of_node(job, rank),
         notes=(f"node {rank} of {job.nodes}; start the same on every node, with its own --node-rank",),
     )
 

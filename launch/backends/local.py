@@ -1,18 +1,27 @@
-"""`--on local` and `--on torchrun`: torchrun on this machine, or one on each of several nodes.
+"""`--on local`: one node's ranks, started by us with torchrun's variables; `--on torchrun`: torchrun on every node.
 
-What the rank below it does is rank.py's; how the launcher is watched, supervision.py's.
+Without torchrun between, one node starts two seconds earlier and ends with the exit code of its rank. What the process
+above each rank does is rank.py's; how all of them are watched, supervision.py's.
 """
 
 from __future__ import annotations
 
-from launch.backends.place import Place, agreed_port, free_port, main_address, own_node_rank, rank_words
+from launch.backends.place import (
+    Place,
+    agreed_port,
+    free_port,
+    main_address,
+    own_node_rank,
+    rank_words,
+    ranks_of_node,
+)
 from launch.job import Job
 from launch.rendering import Command, Rendering
 from pretrain.errors import ConfigError, Problem
 
 
 def render_local(job: Job, place: Place) -> Rendering:
-    """Render a job of one node.
+    """Render a job of one node: a command a rank.
 
     Raises:
         ConfigError: for a job of several nodes.
@@ -25,16 +34,17 @@ def render_local(job: Job, place: Place) -> Rendering:
                 "set nodes=1, or --on torchrun, deepspeed, accelerate, slurm, kubernetes or skypilot",
             )
         )
-    port = job.port or free_port()
-    words = (
-        *_torchrun(job, place),
-        *("--nnodes", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)),
-        *("--module", *rank_words(job, place)),
-    )
+    ranks = str(job.gpus_per_node)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job.port or free_port())}
+    sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    words = (place.python(job), "-m", *rank_words(job, place))
     return Rendering(
-        commands=(Command(words=words),),
+        commands=tuple(
+            Command(words=words, environment={**meeting, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(job.gpus_per_node)
+        ),
         environment=dict(place.environment) | dict(place.travelling),
-        launcher="torchrun",
+        launcher="agent",
         status=place.status(job),
     )
 
@@ -58,6 +68,7 @@ def render_torchrun(job: Job, place: Place) -> Rendering:
         environment=environment,
         launcher="torchrun",
         status=place.status(job),
+        own_ranks=ranks_of_node(job, rank),
         notes=(f"node {rank} of {job.nodes}; start the same on every node, with its own --node-rank",),
     )
 

@@ -93,6 +93,11 @@ def own_node_rank(job: Job, place: Place) -> int:
     return place.node_rank
 
 
+def ranks_of_node(job: Job, node_rank: int) -> range:
+    """The ranks that a node starts."""
+    return range(node_rank * job.gpus_per_node, (node_rank + 1) * job.gpus_per_node)
+
+
 def train_words(job: Job) -> list[str]:
     """What a rank runs, after `python -m`."""
     return ["pretrain", "train", job.run, *job.overrides, "--resume", job.resume]

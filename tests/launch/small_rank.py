@@ -1,7 +1,8 @@
 """A rank for tests of what is around ranks: does what its words say, in the time that an interpreter takes.
 
-Words: `sleep`, `fail-if=RANK:CODE`, `raise-if=RANK:TEXT`, `say=VARIABLE`, `ready=PATH` and `child=PATH` (a process that
-would outlive it), which write PATH-RANK, `stubborn` (ignores SIGTERM), `saves` (ends with 75 after SIGTERM).
+Words: `sleep`, `fail-if=RANK:CODE`, `fail-once=PATH` (at the first start), `raise-if=RANK:TEXT`, `say=VARIABLE`,
+`ready=PATH` and `child=PATH` (a process that would outlive it), which write PATH-RANK, `stubborn` (ignores SIGTERM),
+`saves` (ends with 75 after SIGTERM).
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def main() -> None:
             sys.exit(int(what))
         elif name == "raise-if" and who == rank:
             raise RuntimeError(what)
+        elif name == "fail-once" and not (mark := Path(f"{value}-{rank}")).exists():
+            mark.touch()
+            sys.exit(7)
         elif name == "sleep":
             time.sleep(float(value or 600))
 

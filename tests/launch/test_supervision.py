@@ -156,6 +156,30 @@ def test_the_stop_file_reaches_ranks_that_no_signal_reaches(
     assert process.wait(DEADLINE_SECONDS) == 75
 
 
+def small_job(folder: Path, *words: str, restarts: int = 2, limit: str = "1h") -> list[str]:
+    """Two small ranks in the loop over starts."""
+    return [sys.executable, "-m", "tests.launch.small_job", str(folder / "status"), str(restarts), limit, *words]
+
+
+def test_a_failure_that_a_new_start_mends_is_mended(tmp_path: Path) -> None:
+    command = small_job(tmp_path, f"fail-once={tmp_path}/failed")
+    written = jobs.run(command, log=tmp_path / "log", deadline_seconds=DEADLINE_SECONDS)
+    assert "Starting again: 1 of 2." in written
+    assert {status.attempt for status in by_rank(tmp_path).values()} <= {"1-0", "2-0"}
+
+
+@pytest.mark.parametrize(("code", "starts"), [(7, 3), (64, 1), (70, 1)])
+def test_only_what_a_new_start_may_mend_is_started_again(code: int, starts: int, tmp_path: Path) -> None:
+    command = small_job(tmp_path, f"fail-if=0:{code}")
+    written = jobs.run(command, log=tmp_path / "log", expected=code, deadline_seconds=DEADLINE_SECONDS)
+    assert written.count("failed first") == starts
+
+
+def test_the_time_limit_makes_ranks_save(tmp_path: Path) -> None:
+    command = small_job(tmp_path, "saves", "sleep", limit="3s")
+    jobs.run(command, log=tmp_path / "log", expected=75, deadline_seconds=DEADLINE_SECONDS)
+
+
 CANARY = "canary-0123456789abcdef"
 
 
