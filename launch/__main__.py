@@ -13,7 +13,7 @@ from launch.backends.build import BACKENDS, render
 from launch.backends.place import Place
 from launch.job import Job, described, read_job
 from launch.rendering import Rendering
-from launch.travelling import here, travelling
+from launch.travelling import here, left_behind, travelling
 from pretrain.errors import ConfigError, PretrainError, Problem
 
 USAGE = "python -m launch [JOB.yaml] [key=value ...] --on BACKEND [--dry-run] [--node-rank N] [--no-check]"
@@ -31,6 +31,8 @@ def main() -> int:
             node_rank=options.node_rank,
         )
         rendering = render(job, options.on, place)
+        if names := left_behind(job.environment):
+            print(f"not passed on, as secrets: {', '.join(names)} (see environment.secrets_file)", file=sys.stderr)
         if options.dry_run:
             print(f"# {', '.join(f'{key} {value}' for key, value in described(job).items())}, on {options.on}")
             print("\n".join(rendering.lines()))

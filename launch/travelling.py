@@ -54,6 +54,13 @@ def travelling(section: EnvironmentSection, environment: Mapping[str, str] = os.
     return dict(sorted((allowed | section.set).items()))
 
 
+def left_behind(section: EnvironmentSection, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Names that would travel if they held no secrets; people are told, because a tracker may miss them."""
+    patterns = (*EVERYWHERE, *section.allow)
+    wanted = (name for name in environment if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    return sorted(name for name in wanted if name not in travelling(section, environment))
+
+
 def environment_problems(section: EnvironmentSection) -> Iterator[Problem]:
     """What is wrong with the section itself, whatever the back end."""
     for pattern in section.allow:

@@ -19,7 +19,7 @@ from launch.backends.build import BACKENDS, render
 from launch.backends.place import Place
 from launch.job import Job, read_job, read_seconds
 from launch.rendering import Rendering
-from launch.travelling import travelling
+from launch.travelling import left_behind, travelling
 from pretrain.errors import ConfigError
 from tests.distributed.ranks import REPOSITORY
 from tests.launch import kubernetes_schemas
@@ -210,6 +210,7 @@ def test_a_secret_that_is_allowed_stays_on_this_machine() -> None:
     section = job_of("environment.allow=[MY_TOKEN]").environment
     given = {"MY_TOKEN": "do-not-print-me", "NCCL_PRIVATE_KEY": "nor-me", "NCCL_DEBUG": "INFO"}
     assert travelling(section, given) == {"MY_TOKEN": "do-not-print-me", "NCCL_DEBUG": "INFO"}
+    assert left_behind(section, given) == ["NCCL_PRIVATE_KEY"]
     local = rendered("torchrun", "environment.allow=[MY_TOKEN]", environment=given)
     assert local.environment["MY_TOKEN"] == "do-not-print-me"
     assert "do-not-print-me" not in "\n".join(local.lines())
