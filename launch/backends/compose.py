@@ -5,6 +5,7 @@ The project's own services (MLflow and its database) are docker/compose.yaml's.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from launch.backends.containers import IMAGE_FOLDER, agent_words, container_variables, require_image
@@ -42,7 +43,13 @@ def _service(job: Job, place: Place, rank: int, image: str, variables: dict[str,
         "hostname": f"node-{rank}",
         "working_dir": IMAGE_FOLDER,
         "command": _literal(agent_words(job, node_rank=str(rank), address="node-0")),
-        "environment": {name: value.replace("$", "$$") for name, value in variables.items()},
+        # what containers write into runs/ belongs to the caller, whom the image does not know
+        "user": f"{os.getuid()}:{os.getgid()}",
+        "environment": {
+            "HOME": "/tmp",  # noqa: S108 - of the container
+            "USER": "athanor",
+            **{name: value.replace("$", "$$") for name, value in variables.items()},
+        },
         "volumes": volumes,
         "init": True,
         "shm_size": job.compose.shared_memory,
