@@ -55,7 +55,7 @@ class Manifest:
         values["parameters"] = [[name, list(shape)] for name, shape in self.parameters.items()]  # order matters
         values = json.loads(json.dumps(values))  # keys become text now, so that the hash is that of what is read back
         values["manifest_xxh3_128"] = _hash_values(values)
-        return json.dumps(values, indent=1) + "\n"
+        return _encode(values)
 
     def write(self, folder: Path) -> None:
         """Write the file and fsync it."""
@@ -75,12 +75,16 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
         version = values["format_version"]
         if version not in READABLE_VERSIONS:
             raise ValueError(f"format version {version}, this program reads {READABLE_VERSIONS}")
+        written = _encode(values)
         if values.pop("manifest_xxh3_128", None) != _hash_values(values):
             raise ValueError("the manifest does not match its own hash: it was edited or damaged")
+        if written != text:  # a lost newline or another notation of a number: harmless, but not what was written
+            raise ValueError("the manifest's text is not as it was written")
         values["parameters"] = {name: tuple(shape) for name, shape in values["parameters"]}
         values["files"] = tuple(FileRecord(**file) for file in values["files"])
         values["index"] = FileRecord(**values["index"]) if values.get("index") else None
@@ -116,6 +120,10 @@ def find_faults_of(folder: Path, records: Sequence[FileRecord]) -> Iterator[str]
 def with_files(manifest: Manifest, files: list[FileRecord], index: FileRecord | None = None) -> Manifest:
     """The same manifest with the files that were written."""
     return replace(manifest, files=tuple(sorted(files, key=lambda file: file.name)), index=index)
+
+
+def _encode(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1) + "\n"
 
 
 def _hash_values(values: dict[str, Any]) -> str:

@@ -1,59 +1,23 @@
-"""A run that is killed and started again ends with the numbers of one that was left alone."""
+"""Started again by torchrun's agent, a run whose ranks are killed five times has the losses of one left alone."""
 
 from __future__ import annotations
 
-import random
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch import jobs
+from tests.chaos.killed_run import KILLS, STEPS, plot, train_with_kills
 
-pytestmark = [pytest.mark.chaos, pytest.mark.ranks]
-STEPS = 60
-DEADLINE_SECONDS = 120
+pytestmark = [pytest.mark.chaos, pytest.mark.ranks, pytest.mark.slow]
 
 
-def training(config: Path) -> list[str | Path]:
-    launcher = ["torchrun", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={jobs.free_port()}"]
-    return [*launcher, "-m", "pretrain", "train", config, "--resume", "auto"]
-
-
-def kill_after_step(step: int, command: list[str | Path], *, run_folder: Path, log: Path) -> None:
-    process = jobs.start(command, log=log)
-    end = time.monotonic() + DEADLINE_SECONDS
-    try:
-        while not (run_folder / "metrics.jsonl").exists() or max(jobs.losses(run_folder), default=0) < step:
-            assert process.poll() is None, f"ended by itself\n{log.read_text(encoding='utf-8')[-3000:]}"
-            assert time.monotonic() < end, log.read_text(encoding="utf-8")[-3000:]
-            time.sleep(0.02)
-    finally:
-        jobs.end(process)
-
-
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(tiny_dataset: Path, tmp_path: Path) -> None:
-    sections = {
-        "schedule": {"warmup_steps": 5, "total_steps": STEPS},
-        "checkpoint": {"every_steps": 7},
-        "evaluation": {"every_steps": 20, "max_rows": 16},
-        "precision": "bf16",
-    }
-    whole = jobs.write_tiny_run(tmp_path / "whole.yaml", data=tiny_dataset, **sections)
-    killed = jobs.write_tiny_run(tmp_path / "killed.yaml", data=tiny_dataset, **sections)
-    jobs.run(training(whole), log=tmp_path / "whole.log")
-
-    killed_at = random.randint(8, STEPS - 20)
-    kill_after_step(killed_at, training(killed), run_folder=tmp_path / "killed", log=tmp_path / "killed.log")
-    seen_before = max(jobs.losses(tmp_path / "killed"))
-    assert seen_before < STEPS
-    written = jobs.run(training(killed), log=tmp_path / "again.log")
-
-    assert "going on from" in written, f"killed at step {killed_at}"
-    assert jobs.losses(tmp_path / "killed") == jobs.losses(tmp_path / "whole"), f"killed at step {killed_at}"
-    assert validation_losses(tmp_path / "killed") == validation_losses(tmp_path / "whole")
-
-
-def validation_losses(run_folder: Path) -> dict[int, float]:
-    key = "validation/main/loss"
-    return {line["step"]: line[key] for line in jobs.read_metrics(run_folder) if key in line}
+@pytest.mark.timeout(1500)
+def test_five_kills_leave_no_trace_in_the_losses(tmp_path: Path) -> None:
+    seed = int(time.time())
+    run = train_with_kills(tmp_path, seed=seed)
+    assert len(run.spans) == KILLS + 1
+    assert sorted(run.undisturbed) == list(range(1, STEPS + 1))
+    assert run.killed == run.undisturbed, f"seed {seed}: {run.spans}"
+    plot(run, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 0

@@ -45,6 +45,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes()[:200]),
         "manifest.json: ",
     ),
+    "a manifest without its last byte": (
+        lambda path: (path / "manifest.json").write_bytes((path / "manifest.json").read_bytes()[:-1]),
+        "manifest.json: .* not as it was written",
+    ),
     "an edited step": (lambda path: edit_manifest(path, step=7), "does not match its own hash"),
     "edited files": (lambda path: edit_manifest(path, files=[]), "does not match its own hash"),
     "a later format": (lambda path: edit_manifest(path, format_version=99), "format version 99"),
