@@ -28,7 +28,8 @@ class StepResult:
         torch.Tensor | bool
     )  # true where a gradient, not finite or held back as a spike, left every weight as it was
     spike: torch.Tensor | bool = False  # true where its norm was a spike and the run holds such updates back
-    counters: Mapping[str, float | torch.Tensor] = field(default_factory=dict)  # such as loss_scale, router/load_max
+    # such as loss_scale; a tensor gives a value an element, as router/share/LAYER/EXPERT
+    counters: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

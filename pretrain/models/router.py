@@ -58,7 +58,8 @@ class Routers:
         """Counters of the step that ends, on the device; collective where `total` is.
 
         `router/loss` is the unweighted balancing loss; `router/load_max` and `router/load_min` are the fullest and the
-        emptiest expert's tokens over the mean of their layer, of all layers, and of each sparse layer by its number.
+        emptiest expert's tokens over the mean of their layer, of all layers, and of each sparse layer by its number;
+        `router/share`, (sparse layers, experts), is each expert's share of its layer's choices.
 
         Args:
             total: sums over ranks that read other rows.
@@ -73,6 +74,7 @@ class Routers:
             "router/loss": sums[0] / targets,
             "router/load_max": fullest.max(),
             "router/load_min": emptiest.min(),
+            "router/share": share / self.experts,
         }
         for layer in range(len(share)):
             counters[f"router/load_max/{layer}"], counters[f"router/load_min/{layer}"] = fullest[layer], emptiest[layer]

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 
 import psutil
 import torch
 
 from pretrain.engines.base import StepResult
 from pretrain.reporting.record import Value
+
+MOST_ELEMENTS = 1024  # of a counter; the many experts of a large model would fill lines and trackers
 
 
 class StepMeter:
@@ -90,10 +93,21 @@ class StepMeter:
         }
         if self._flops_per_token and self._peak_flops_per_second:
             values["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops_per_second
-        values.update({name: float(value) for name, value in result.counters.items()})
+        values.update(self._read_counters(result.counters))
         self._skipped_steps = skipped_steps
         self._start()
         return values
+
+    def _read_counters(self, counters: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+        """Every element by name and place; the host waits once for all of them."""
+        names: list[str] = []
+        read: list[torch.Tensor] = []
+        for name, value in counters.items():
+            tensor = torch.as_tensor(value, dtype=torch.float32, device=self._device)
+            if tensor.numel() <= MOST_ELEMENTS:
+                names += ["/".join((name, *map(str, place))) for place in product(*map(range, tensor.shape))]
+                read.append(tensor.detach().flatten())
+        return dict(zip(names, torch.cat(read).tolist(), strict=True)) if read else {}
 
     def _start(self) -> None:
         self._steps = 0

@@ -44,8 +44,9 @@ def test_load_is_the_fullest_experts_share_of_each_layer() -> None:
     even = 9 * torch.eye(4)
     assert routers.watch([favoured, even], target_count=10) == 15
     routers.watch([favoured, even], target_count=30)
-    counters = {name: float(value) for name, value in routers.report(lambda sums: 2 * sums, 40).items()}
+    counters = {name: value.tolist() for name, value in routers.report(lambda sums: 2 * sums, 40).items()}
     assert counters == {
+        "router/share": [[0.75, 0.25, 0, 0], [0.25, 0.25, 0.25, 0.25]],
         "router/loss": 6.0,  # 2 ranks' 3 x 10 and 3 x 30, over 40
         "router/load_max": 3.0,
         "router/load_min": 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,16 @@ def test_a_line_is_the_mean_over_its_steps_without_the_pauses() -> None:
     second = meter.read(result(), tokens_seen=9300, learning_rate=1e-3, skipped_steps=3)
     assert second["skipped"] == 2
     assert (second["step_seconds"], second["tokens_per_second"], second["data_seconds"]) == (3.0, 100.0, 0.0)
+
+
+def test_every_element_of_a_counter_is_a_value_unless_they_are_very_many() -> None:
+    meter = StepMeter(device=torch.device("cpu"))
+    meter.count_step(tokens=1, data_seconds=0.0)
+    many = torch.ones(48, 128)
+    counters = {"router/load_max": torch.tensor(1.5), "router/share": torch.tensor([[0.75, 0.25]]), "router/many": many}
+    values = meter.read(replace(result(), counters=counters), tokens_seen=1, learning_rate=0.0, skipped_steps=0)
+    found = {name: value for name, value in values.items() if name.startswith("router/")}
+    assert found == {"router/load_max": 1.5, "router/share/0/0": 0.75, "router/share/0/1": 0.25}
 
 
 def test_no_peak_no_mfu() -> None:
