@@ -25,7 +25,6 @@ class ExpertGroups:
     def __init__(self, topology: Topology) -> None:
         from deepspeed.utils import groups
 
-        self._size = topology.expert
         self._name = f"ep_size_{topology.expert}"  # DeepSpeed finds the largest group by the number in it
         self._sharing, sharing = own_group(topology.expert_groups())
         self._same, same = own_group(topology.same_expert_groups())
