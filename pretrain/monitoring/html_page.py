@@ -146,6 +146,7 @@ def _curves(runs: Sequence[RunHistory], colours: dict[int, str], names: Sequence
         updatemenus=[
             {"type": "buttons", "direction": "left", "x": 1, "xanchor": "right", "y": 1.15, "buttons": buttons}
         ],
+        modebar={"orientation": "v"},  # lying, it would cover the buttons
         height=420,
         margin={"t": 50, "b": 50, "l": 80, "r": 20},
         template="plotly_white",
