@@ -106,6 +106,19 @@ def print_scale(request: Request) -> None:
     print_lines(scale_lines(request))
 
 
+def print_calibration(path: Path) -> None:
+    """Measure the device and write what was found.
+
+    Raises:
+        ConfigError: the place cannot be written.
+    """
+    from pretrain.planning.calibration import calibrate, save_calibration
+
+    found = calibrate(lambda line: print_lines([line]))
+    save_calibration(found, path)
+    print_lines([f"wrote {path}: plan with --gpus {found.device.node_devices}x{path}"])
+
+
 def print_lines(lines: Iterable[str]) -> None:
     """Print lines as they come."""
     from rich.console import Console

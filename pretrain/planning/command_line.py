@@ -20,6 +20,9 @@ Words = Annotated[
 ]
 Recipe = Annotated[Path | None, typer.Option(metavar="RECIPE.yaml", help="Write the best, or the explained one.")]
 Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write pictures of a plan or a --fit.")]
+Calibrated = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help="Of --calibrate; then --gpus 8xFILE.json plans with it.")
+]
 Flops = Annotated[str | None, typer.Option(help="What a budget of FLOPs buys, as in 1e23, by published laws.")]
 
 
@@ -43,6 +46,8 @@ def plan(
     flops: Flops = None,
     unique_tokens: Annotated[str | None, typer.Option(help="With --flops: tokens that there are, as in 100B.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Fit a scaling law on finished runs.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine's device.")] = False,
+    output: Calibrated = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Plan a run before a GPU is rented.
@@ -51,14 +56,16 @@ def plan(
     buys.
     """
     _refuse_mixtures(
-        {"--model": model is not None, "--predict": predict is not None, "--flops": flops is not None, "--fit": fit},
+        {"--model": model is not None, "--predict": predict is not None, "--flops": flops is not None, "--fit": fit}
+        | {"--calibrate": calibrate},
         of_model={"--explain": explain, "--write": write, "--at-scale": at_scale or None, "--json": as_json or None},
         html=html,
     )
-    if runs and not fit:
-        raise typer.BadParameter(f"run folders ({runs[0]} ...) go with --fit")
+    stray_output, stray_tokens = (None if calibrate else output), (None if flops else unique_tokens)
+    _refuse_strays(runs=None if fit else runs, output=stray_output, unique=stray_tokens)
     if model is None:
-        _answer_without_model(predict=predict, flops=flops, unique_tokens=unique_tokens, runs=runs or [], html=html)
+        place = (output or Path("calibration.json")) if calibrate else None
+        _answer_without_model(predict, flops, unique_tokens, runs or [], html, place)
         return
     from pretrain.planning.answers import answer, print_scale
     from pretrain.planning.request import build_request
@@ -79,8 +86,18 @@ def plan(
 
 
 def _answer_without_model(
-    *, predict: Path | None, flops: str | None, unique_tokens: str | None, runs: list[Path], html: Path | None
+    predict: Path | None,
+    flops: str | None,
+    unique_tokens: str | None,
+    runs: list[Path],
+    html: Path | None,
+    calibration: Path | None,
 ) -> None:
+    if calibration is not None:
+        from pretrain.planning.answers import print_calibration
+
+        print_calibration(calibration)
+        return
     if predict is not None:
         from pretrain.planning.predict import predict_file
 
@@ -93,6 +110,16 @@ def _answer_without_model(
         from pretrain.planning.answers import print_fit
 
         print_fit(runs, html)
+
+
+def _refuse_strays(*, runs: list[Path] | None, output: Path | None, unique: str | None) -> None:
+    """Options whose question was not asked."""
+    if runs:
+        raise typer.BadParameter(f"run folders ({runs[0]} ...) go with --fit")
+    if output is not None:
+        raise typer.BadParameter("--output goes with --calibrate")
+    if unique is not None:
+        raise typer.BadParameter("--unique-tokens goes with --flops")
 
 
 def _economy(

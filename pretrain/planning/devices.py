@@ -34,6 +34,7 @@ class Device:
     hourly_price: float  # US dollars, an assumption: --price replaces it
     matmul_efficiency: float  # share of the peak that large bf16 matmuls reach
     attention_efficiency: float  # share of the peak that fused attention's forward reaches
+    layer_seconds: float = 0.0  # of a layer and micro-batch that no size explains: launches, Python
 
 
 # Peaks are flops.py's. Memory: NVIDIA's data sheets (A100 40 and 80 GB SXM, H100 SXM, H200). Links: NVLink 3 and 4 as

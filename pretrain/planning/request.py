@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pretrain.config import ModelSection
@@ -17,6 +18,7 @@ from pretrain.errors import ConfigError, Problem
 from pretrain.models.architecture import Architecture, resolve_architecture
 from pretrain.models.parameter_count import count_parameters
 from pretrain.models.presets import PRESETS
+from pretrain.planning.constants import CONSTANTS, SOFTWARE, Constants, Software
 from pretrain.planning.devices import Device, find_device
 
 SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -58,6 +60,8 @@ class Request:
     sequence_length: int  # tokens
     global_batch_rows: int
     economy: Economy
+    constants: Constants = CONSTANTS
+    software: Software = SOFTWARE["athanor"]
 
     @property
     def devices(self) -> int:
@@ -109,7 +113,7 @@ def build_request(
         shape = attempt(lambda: resolve_architecture(ModelSection(**section), length))
     if problems or shape is None or devices is None or length is None:
         raise ConfigError(*problems)
-    count, device = devices
+    count, device, constants, software = devices
     size = count_parameters(shape).active
     batch = asked or next(batch for largest, batch in BATCH_TOKENS if size <= largest)
     is_exact = global_batch is not None and global_batch.replace("_", "").replace(",", "").isdigit()
@@ -125,6 +129,8 @@ def build_request(
         sequence_length=length,
         global_batch_rows=rows,
         economy=Economy(**{"hourly_price": device.hourly_price, **(economy or {})}),
+        constants=constants,
+        software=software,
     )
 
 
@@ -192,19 +198,26 @@ def read_count(text: str, place: str) -> float:
     return value
 
 
-def read_devices(text: str) -> tuple[int, Device]:
-    """Devices of one node and their kind: `8xA100-80`, or a kind alone for its usual node.
+def read_devices(text: str) -> tuple[int, Device, Constants, Software]:
+    """Devices of one node and their kind: `8xA100-80`, `2xcalibration.json`, or a kind alone for its usual node.
 
     Raises:
         ConfigError: the kind is unknown, or the count is not a positive number.
     """
     found = re.fullmatch(r"(?:(\d+)\s*[x*])?\s*(.+)", text.strip(), re.IGNORECASE)
     assert found is not None or not text.strip()
-    device = find_device(found[2] if found else text)
+    kind = found[2] if found else text
+    if kind.endswith(".json"):
+        from pretrain.planning.calibration import load_calibration
+
+        measured = load_calibration(Path(kind))
+        device, constants, software = measured.device, measured.constants, measured.software
+    else:
+        device, constants, software = find_device(kind), CONSTANTS, SOFTWARE["athanor"]
     count = int(found[1]) if found and found[1] else device.node_devices
     if not 1 <= count <= 64:
         raise ConfigError(Problem(f"--gpus: {count} a node", "1 to 64", f"write --gpus 8x{device.name}"))
-    return count, device
+    return count, device, constants, software
 
 
 def _rows(tokens: float, sequence_length: int, devices: int, *, is_exact: bool) -> int:

@@ -14,7 +14,6 @@ from pretrain.config import RunConfig
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.flops import count_flops
 from pretrain.models.memory import MemoryEstimate, estimate_memory
-from pretrain.planning.constants import CONSTANTS, SOFTWARE, Constants, Software
 from pretrain.planning.deepspeed_settings import settings_of
 from pretrain.planning.devices import GIB
 from pretrain.planning.goodput import Goodput, best_interval
@@ -85,14 +84,7 @@ class Plan:
         return self.device_hours * self.request.economy.hourly_price
 
 
-def make_plan(
-    request: Request,
-    choice: Choice,
-    config: RunConfig,
-    *,
-    constants: Constants = CONSTANTS,
-    software: Software = SOFTWARE["athanor"],
-) -> Plan:
+def make_plan(request: Request, choice: Choice, config: RunConfig) -> Plan:
     """Work out one legal layout."""
     topology = build_topology(request.devices, tensor=choice.tensor, pipeline=choice.pipeline, sequence=choice.sequence)
     batch = build_batch_plan(config.batch, config.schedule, topology.data)
@@ -119,7 +111,7 @@ def make_plan(
         config=config,
         work=work,
         memory=estimate_memory(request.shape, work.count, layout, step_of(config)),
-        step=predict_step(work, request.device, software, constants),
+        step=predict_step(work, request.device, request.software, request.constants),
         goodput=_goodput(request, work),
     )
 

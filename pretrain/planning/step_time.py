@@ -66,7 +66,7 @@ def predict_step(work: Workload, device: Device, software: Software, constants: 
     per_micro_batch = {
         "linear": 3 * layer.linear * layers,
         "attention": (layer.attention + layer.attention_backward) * layers,
-        "memory_bound": 3 * layer.memory_bound * layers,
+        "memory_bound": (3 * layer.memory_bound + device.layer_seconds) * layers,
         "recomputation": again,
         "loss": loss,
         "tensor_parallel": _tensor_seconds(work, device, layers),
