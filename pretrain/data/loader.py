@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pretrain.batch_plan import BatchPlan
+from pretrain.data.batch_buffers import BatchBuffers
 from pretrain.data.micro_batch import build_micro_batch, empty_row
 from pretrain.data.open_datasets import OpenedSource
 from pretrain.data.training_rows import Location, TrainingRows
@@ -56,6 +57,7 @@ class TrainingLoader:
         self._upcoming = _micro_batches_from(rows, plan, rank, samples_consumed)
         self._readers = ThreadPoolExecutor(workers, thread_name_prefix="row-reader") if workers else None
         self._pending: deque[Future[Batch]] = deque()
+        self._buffers = BatchBuffers()
 
     def __iter__(self) -> TrainingLoader:
         return self
@@ -92,7 +94,7 @@ class TrainingLoader:
         return self._pending.popleft().result()
 
     def _build(self, locations: list[Location]) -> Batch:
-        batch = build_micro_batch(self._rows.read(locations), self._rows.sequence_length)
+        batch = build_micro_batch(self._rows.read(locations), self._rows.sequence_length, self._buffers)
         return _pinned(batch) if self._pins else batch
 
 

@@ -11,33 +11,38 @@ import numpy as np
 import torch
 
 from data_tools.token_shards import Row
+from pretrain.data.batch_buffers import BatchBuffers
 from pretrain.models.batch import IGNORED_LABEL, Batch
 
 
-def build_micro_batch(rows: Sequence[Row], sequence_length: int) -> Batch:
+def build_micro_batch(rows: Sequence[Row], sequence_length: int, buffers: BatchBuffers | None = None) -> Batch:
     """Stack rows of `sequence_length` tokens; see Batch for what each tensor holds."""
-    shape = (len(rows), sequence_length)
-    ids = np.empty(shape, np.int64)
+    shape = (3, len(rows), sequence_length)
+    block = np.empty(shape, np.int64) if buffers is None else buffers.take(shape)
+    ids, labels, positions = block
     for target, row in zip(ids, rows, strict=True):
         target[:] = row.tokens
     borders = _borders(rows, sequence_length)
     starts, lengths = borders[:-1], np.diff(borders)
 
-    flat_labels = np.empty(ids.size, np.int64)
+    flat_labels = labels.reshape(-1)
     flat_labels[:-1] = ids.reshape(-1)[1:]
     flat_labels[starts[1:] - 1] = IGNORED_LABEL  # the last token of each document but the last
-    labels = flat_labels.reshape(shape)
     labels[:, -1] = [IGNORED_LABEL if row.next_token is None else row.next_token for row in rows]
     for target, row in zip(labels, rows, strict=True):
         if row.used < sequence_length:
             target[row.used :] = IGNORED_LABEL
 
-    positions = np.arange(ids.size, dtype=np.int64)
-    positions -= np.repeat(starts, lengths)
+    flat_positions = positions.reshape(-1)
+    flat_positions[:] = 1  # counted up in place
+    flat_positions[0] = 0
+    flat_positions[starts[1:]] -= lengths[:-1]
+    np.cumsum(flat_positions, out=flat_positions)
+    input_ids, label_ids, position_ids = torch.from_numpy(block).unbind()
     return Batch(
-        input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(positions.reshape(shape)),
+        input_ids=input_ids,
+        labels=label_ids,
+        position_ids=position_ids,
         cumulative_lengths=torch.from_numpy(borders.astype(np.int32)),
         longest_document=int(lengths.max()),
         # each piece of a document has a target for all its tokens but the last, which only a row's end can give it

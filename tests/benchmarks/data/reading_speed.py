@@ -67,10 +67,12 @@ def _index(table: Table, scratch: Path) -> None:
 
 
 def _rows(table: Table, folder: Path, generator: np.random.Generator) -> None:
+    from pretrain.data.batch_buffers import BatchBuffers
     from pretrain.data.micro_batch import build_micro_batch
 
     dataset = open_dataset(folder)
     rows = generator.permutation(dataset.row_count(SEQUENCE_LENGTH) - 1).tolist()
+    buffers = BatchBuffers()
     tokens = np.memmap(folder / "shard-00000.bin", np.uint16, "r")
 
     def bare() -> None:
@@ -91,7 +93,7 @@ def _rows(table: Table, folder: Path, generator: np.random.Generator) -> None:
 
     def micro_batches() -> None:
         for first in range(0, len(rows) - 7, 8):
-            build_micro_batch(dataset.rows(rows[first : first + 8], SEQUENCE_LENGTH), SEQUENCE_LENGTH)
+            build_micro_batch(dataset.rows(rows[first : first + 8], SEQUENCE_LENGTH), SEQUENCE_LENGTH, buffers)
 
     speeds: dict[str, float] = {}
     for name, work in (

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.token_shards import Row
+from pretrain.data.batch_buffers import BatchBuffers
 from pretrain.data.micro_batch import build_micro_batch, empty_row
 from pretrain.models.batch import IGNORED_LABEL as NONE
 from tests.pretrain.data.datasets import open_sources, write_documents, write_packed
@@ -51,6 +52,24 @@ def test_every_token_is_as_defined(rows: Sequence[Row]) -> None:
     assert batch.cumulative_lengths.tolist() == cumulative
     assert batch.longest_document == max(np.diff(cumulative))
     assert batch.target_count == targets
+
+
+def test_the_memory_of_a_batch_is_used_again_when_none_of_its_tensors_is_left() -> None:
+    buffers = BatchBuffers()
+    rows = [Row(np.arange(1, 5, dtype=np.uint16), 9, np.zeros(1, np.int32), 4)]
+    first = build_micro_batch(rows, 4, buffers)
+    place = first.input_ids.data_ptr()
+    kept = first.labels[0, 1:]  # a view of a view keeps all of it
+    del first
+    second = build_micro_batch(rows, 4, buffers)
+    assert second.input_ids.data_ptr() != place
+    assert kept.tolist() == [3, 4, 9]
+    del kept
+    third = build_micro_batch([empty_row(4)], 4, buffers)
+    assert third.input_ids.data_ptr() == place
+    assert second.input_ids.tolist() == [[1, 2, 3, 4]]
+    assert (third.input_ids.tolist(), third.labels.tolist()) == ([[0] * 4], [[NONE] * 4])
+    assert third.position_ids.tolist() == [[0, 1, 2, 3]]
 
 
 def test_types_are_those_that_the_kernels_want() -> None:
