@@ -18,6 +18,9 @@ from tests.distributed.ranks import REPOSITORY, RankPool
 settings.register_profile("athanor", deadline=None)  # no timed assertions, those of examples included
 settings.load_profile("athanor")
 
+LARGEST_KEPT_POOL = 2  # ranks
+MOST_TASKS_OF_A_KEPT_POOL = 60
+
 _LAST_START = pytest.StashKey[float | None]()  # of slow tests, on the monotonic clock
 
 
@@ -47,16 +50,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def rank_pool() -> Iterator[Callable[[int], RankPool]]:
-    """`rank_pool(2)` is the session's pool of 2 gloo processes; it starts at its first use."""
+def _rank_pools() -> Iterator[dict[int, RankPool]]:
     pools: dict[int, RankPool] = {}
-
-    def pool_of(world_size: int) -> RankPool:
-        return pools.setdefault(world_size, RankPool(world_size))
-
-    yield pool_of
+    yield pools
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def rank_pool(_rank_pools: dict[int, RankPool]) -> Iterator[Callable[[int], RankPool]]:
+    """`rank_pool(2)` is the session's pool of 2 gloo processes; it starts at its first use.
+
+    After each file large and long-used pools end, and start anew when they are next asked for: a rank takes half a GiB,
+    and one more MiB with every engine, and what one file's pools keep lay beside all later tests.
+    """
+
+    def pool_of(world_size: int) -> RankPool:
+        return _rank_pools.setdefault(world_size, RankPool(world_size))
+
+    yield pool_of
+    for pool in _rank_pools.values():
+        if pool.world_size > LARGEST_KEPT_POOL or pool.tasks > MOST_TASKS_OF_A_KEPT_POOL:
+            pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ class RankPool:
 
     def __init__(self, world_size: int, *, environment: Mapping[str, str] | None = None) -> None:
         self.world_size = world_size
+        self.tasks = 0  # given to the present processes
         self._environment = dict(environment or {})
         self._ranks: list[_Rank] = []
         self._logs: tempfile.TemporaryDirectory[str] | None = None
@@ -53,6 +54,7 @@ class RankPool:
         task = pickle.dumps((function.__module__, function.__qualname__, arguments))
         if not self._ranks:
             self._start()
+        self.tasks += 1
         try:
             for rank in self._ranks:
                 rank.send(task)
@@ -65,7 +67,7 @@ class RankPool:
         """End the processes; the next `run` starts new ones."""
         for rank in self._ranks:
             rank.end()
-        self._ranks = []
+        self._ranks, self.tasks = [], 0
         if self._logs is not None:
             self._logs.cleanup()
             self._logs = None

@@ -90,3 +90,14 @@ def test_a_hang_ends_at_the_deadline_and_says_where(rank_pool: PoolOf) -> None:
 
 def test_fresh_processes_get_the_given_environment() -> None:
     assert run_on_ranks(3, variables, environment={"ATHANOR_TEST": "kept"}) == [("kept", "3")] * 3
+
+
+def test_a_pool_starts_anew_after_its_end(rank_pool: PoolOf) -> None:
+    pool = rank_pool(2)
+    before = pool.run(sum_of_ranks, 1)
+    pool.close()
+    assert pool.tasks == 0
+    after = pool.run(sum_of_ranks, 1)
+    assert pool.tasks == 1
+    assert [total for _, total, _ in after] == [total for _, total, _ in before]
+    assert {process for *_, process in after}.isdisjoint({process for *_, process in before})
