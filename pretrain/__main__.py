@@ -114,7 +114,8 @@ def train(
     run: RunFile,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on from the newest checkpoint; required, never, or a checkpoint folder.")
+        str,
+        typer.Option(help="auto: go on from the newest checkpoint; required, never, or a checkpoint's folder or URL."),
     ] = "auto",
     time_limit: Annotated[
         str | None, typer.Option(help="Save and stop in time, such as 23h50m; a Slurm job's end is known without it.")

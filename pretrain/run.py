@@ -188,6 +188,9 @@ def _train(
     outcome: Outcome = "failed"
     with ExitStack() as closing:
         closing.callback(engine.close)
+        closing.callback(store.close)
+        if copies:
+            closing.callback(copies.close)
         progress = replace(_restore(parts, checkpoint), skipped_windows=rows.skipped)
         ledger.start(step=progress.step, launched_at=distributed.launched_at(), world_size=place.world_size)
         closing.callback(lambda: ledger.end(outcome))
@@ -279,7 +282,6 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
             copies=parts.copies,
             copied_every_steps=config.checkpoint.durable_every_steps,
         )
-        closing.callback(saves.close)
         loop = TrainingLoop(
             config=config,
             plan=plan.batch,

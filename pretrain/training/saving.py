@@ -77,12 +77,6 @@ class Saves:
             if report.fault and report.step == progress.step:
                 raise _lost("durable copy of the last save", report)
 
-    def close(self) -> None:
-        """End where a run ends for whatever reason; not collective."""
-        self.store.close()
-        if self.copies:
-            self.copies.close()
-
     def _take_up(self, progress: Progress, report: SaveReport, *, is_last: bool = False) -> None:
         step = report.step
         if report.path is None:
