@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.checkpoint.fragments import MASTER
+from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.config import Precision
 from pretrain.data.loader import order_batches
@@ -29,6 +31,19 @@ LAYOUTS = {
     "stages": (2, Case(pipeline=2)),
     "tensor": (2, Case(engine="zero", tensor=2)),
 }
+
+
+class Tripled:
+    """A checkpoint that is read wrongly: every weight is three times what it was."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._checkpoint, name)
+        if not name.startswith("read"):
+            return found
+        return lambda *place: found(*place) * (3 if place[1] == MASTER else 1)
 
 
 def canary_of(engine: Engine, case: Case) -> Canary:
@@ -53,13 +68,12 @@ def save_with_canary(case: Case, folder: str) -> dict[str, Any]:
 
 
 def load_with_canary(case: Case, folder: str, *, is_wrong: bool = False) -> dict[str, Any]:
-    """The loss after loading; with `is_wrong`, of weights that were never loaded."""
+    """The loss after loading; with `is_wrong`, of weights that were read wrongly."""
     engine = start_engine(replace(case, seed=99))
     try:
         checkpoint = CheckpointStore(folder).newest_valid()
         assert checkpoint is not None
-        if not is_wrong:
-            engine.restore(checkpoint)
+        engine.restore(Tripled(checkpoint) if is_wrong else checkpoint)
         canary = canary_of(engine, case)
         canary.require_same(checkpoint.manifest.metadata["canary"])
         return canary.measure()
