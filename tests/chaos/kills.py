@@ -76,7 +76,9 @@ def _kill(case: Case, layout: Layout, fault: dict[str, Any], *, restarts: int | 
             case.wrong(OTHER, f"life {life.number} never came to {fault['event']!r}")
         return
     case.faults_done += 1
-    if -signal.SIGKILL not in life.exit_codes and not restarts:
+    if restarts:
+        case.wrong(OTHER, f"the launcher that should start killed ranks again ended with {life.exit_codes}")
+    elif -signal.SIGKILL not in life.exit_codes:
         case.wrong(OTHER, f"life {life.number} was not killed but ended with {life.exit_codes}")
     check_nothing_lost(case, life)
 
