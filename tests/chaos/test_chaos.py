@@ -1,4 +1,4 @@
-"""Runs that are harmed end as if nobody had touched them: a few cases of each kind, and the full table (slow)."""
+"""Runs that are harmed end as if nobody had touched them: a few cases, and the full table (slow)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.chaos.report import report_lines
 from tests.chaos.session import COUNTS, run_cases
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ranks]
-FEW = {"poison": 3, "full-disk": 2, "freeze": 2, "kill": 8, "damage": 4}
+FEW = {"kill": 8, "damage": 4}
 
 
 @pytest.mark.timeout(1200)
-def test_a_few_cases_of_each_kind(tmp_path: Path) -> None:
+def test_a_few_cases_of_the_cheapest_kinds(tmp_path: Path) -> None:
     outcomes = run_cases(tmp_path, FEW, first_seed=1, jobs=2, tell=print)
     assert [outcome for outcome in outcomes if outcome.problems] == []
 
