@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_CALLS = ("fsync", "fdatasync", "write", "writev", "pwrite", "pwritev", "preadv", "ftruncate", "posix_fallocate")
+TOKEN = re.compile(r"[0-9a-f]{32}")  # in names that no other life repeats
 PATH_EVENTS = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir"}
 
 
@@ -121,7 +123,7 @@ class _Watch:
         if not text.startswith(self._folder + os.sep):
             return None
         name = text[len(self._folder) + 1 :]
-        return None if name.startswith("logs/") else name
+        return None if name.startswith("logs/") else TOKEN.sub("*", name)
 
 
 def _watch_parts(watch: _Watch) -> None:

