@@ -242,7 +242,22 @@ class GuardSection(Section):
     )  # before and after the bad ones, whose rows are left out as well
     max_rollbacks: int = Field(default=3, ge=0)  # to one checkpoint, then the run ends as diverged
     max_rollbacks_of_run: int = Field(default=30, ge=0)
+    # compare what data and tensor ranks hold in common, bit by bit; null: never
+    compare_replicas_every_steps: int | None = Field(default=1000, gt=0)
+    find_slow_ranks_every_steps: int | None = Field(default=100, gt=0)  # and name them in the log; null: never
+    slow_rank_ratio: float = Field(default=1.5, gt=1)  # own time a step, against the median of all ranks
     stop_margin_seconds: float = Field(default=60, ge=0)  # kept before a time limit besides the last step and save
+
+
+class DeadlineSection(Section):
+    """How long a phase may take before the run ends with the stacks of all ranks; null: for ever."""
+
+    start_seconds: float | None = Field(default=3600, gt=0)  # opening data, building, restoring; also of a rollback
+    first_step_seconds: float | None = Field(default=3600, gt=0)  # compiles kernels
+    step_seconds: float | None = Field(default=900, gt=0)
+    save_seconds: float | None = Field(default=1800, gt=0)  # for which training stands still; also of the end
+    evaluation_seconds: float | None = Field(default=3600, gt=0)
+    heartbeat_seconds: float = Field(default=5, gt=0)  # a sign of life of each rank, kept in memory by rank 0
 
 
 class RunConfig(Section):
@@ -264,6 +279,7 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     reporting: ReportingSection = ReportingSection()
     guard: GuardSection = GuardSection()
+    deadlines: DeadlineSection = DeadlineSection()
 
     @property
     def folder(self) -> Path:

@@ -110,6 +110,7 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
         _become_a_group_of_one()
     if dist.is_initialized():
         return
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")  # collectives remembered, for the report about a hang
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed's pipelines read it, srun does not set it
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -136,6 +137,12 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
                 "check MASTER_ADDR, MASTER_PORT and the number of processes",
             )
         )
+
+
+def own_store() -> Any:
+    """A connection of one's own to the store of the process group: its calls wait for none of the group's."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def _put_own_tools_first() -> None:

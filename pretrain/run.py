@@ -51,6 +51,7 @@ from pretrain.training import goodput, incidents
 from pretrain.training.canary import Canary, build_canary
 from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
+from pretrain.training.health import RankHealth
 from pretrain.training.incidents import IncidentFile, read_incidents
 from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
@@ -60,6 +61,7 @@ from pretrain.training.rollback import RollBack, Timeline, describe, find_good_c
 from pretrain.training.saving import Saves
 from pretrain.training.stopping import StopRequest, Wish, refuse_stop_file, stop_file_wish, time_limit_wish
 from pretrain.training.time_limit import find_time_limits
+from pretrain.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -92,19 +94,27 @@ def train(config_path: Path, overrides: list[str], resume: str, time_limit_secon
         require_wandb()
     refuse_stop_file(config.folder)
     start_logging(config.folder, place.rank)
-    distributed.start(place)
+    with Watchdog(phases, config.deadlines, config.folder / "logs", rank=place.rank) as watchdog:
+        distributed.start(place)
+        watchdog.attach(distributed.own_store(), place.world_size)
+        progress = _train_and_leave(config, plan, place, resume, phases, time_limit_seconds)
+    logger.info("done: step %d of %d, in %s", progress.step, plan.batch.total_steps, config.folder)
+    if place.is_main_process:
+        logger.info("goodput: %s", "\n".join(goodput.goodput_lines(config.folder)))
+    return 0
+
+
+def _train_and_leave(
+    config: RunConfig, plan: RunPlan, place: Place, resume: str, phases: Phases, time_limit_seconds: int | None
+) -> Progress:
     try:
         with StopRequest(distributed.any_rank) as stop:
             if place.is_main_process:
                 stop.wishes += _wishes_to_stop(config, phases, time_limit_seconds)
             with hold_run_folder(config.folder) as is_ours:
-                progress = _train(config, plan, place, resume, stop, phases, is_ours)
+                return _train(config, plan, place, resume, stop, phases, is_ours)
     finally:
         distributed.stop()
-    logger.info("done: step %d of %d, in %s", progress.step, plan.batch.total_steps, config.folder)
-    if place.is_main_process:
-        logger.info("goodput: %s", "\n".join(goodput.goodput_lines(config.folder)))
-    return 0
 
 
 def _wishes_to_stop(config: RunConfig, phases: Phases, time_limit_seconds: int | None) -> list[Wish]:
@@ -295,6 +305,7 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
             stop=parts.stop,
             phases=parts.phases,
             ledger=parts.ledger,
+            health=RankHealth(config.guard, parts.engine),
             data_values=partial(_data_values, parts.rows) if place.is_main_process else None,
         )
         try:

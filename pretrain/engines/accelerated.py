@@ -15,7 +15,7 @@ from pretrain import distributed
 from pretrain.checkpoint.fragments import KINDS, MASTER, Fragment, LogicalState, whole_box
 from pretrain.config import RunConfig
 from pretrain.engines.accelerated_model import hold_model, start_accelerator
-from pretrain.engines.base import EvaluationResult, StepResult
+from pretrain.engines.base import EvaluationResult, Replica, StepResult
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
@@ -133,6 +133,15 @@ class AcceleratedEngine:
     def _first_element(self, name: str) -> int:
         weight = self._weights[name]
         return weight.first_row * math.prod(weight.shape[1:])
+
+    def replicas(self) -> Iterator[Replica]:
+        """See Engine."""
+        for name, weight in self._weights.items():
+            if not self._held.is_sharded:
+                state = {MASTER: weight.values, **self._optimizer.state.get(weight.values, {})}
+                for kind in KINDS:
+                    if kind in state:
+                        yield Replica(name=name, kind=kind, place="", values=state[kind])
 
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""

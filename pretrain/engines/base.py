@@ -40,6 +40,16 @@ class EvaluationResult:
     target_count: int  # tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """A tensor that other ranks hold as well: those that give the same name, kind and place hold the same bits."""
+
+    name: str  # parameter name in the Hugging Face model
+    kind: str  # weight (what forward reads), or a kind of fragment
+    place: str  # which slice of the logical tensor; empty: the whole
+    values: torch.Tensor
+
+
 class Engine(Protocol):
     """One optimizer step and the state behind it."""
 
@@ -63,6 +73,9 @@ class Engine(Protocol):
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's part of the logical state, where it lies; together the ranks cover it exactly once."""
+
+    def replicas(self) -> Iterator[Replica]:
+        """What this rank holds that others hold too; nothing where all state is shared out."""
 
     def scalar_state(self) -> dict[str, Any]:
         """JSON values that are equal on all ranks: optimizer step count, loss scale."""

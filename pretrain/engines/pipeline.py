@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pretrain import distributed
 from pretrain.checkpoint.fragments import KINDS, Fragment, LogicalState
 from pretrain.config import RunConfig
-from pretrain.engines.base import EvaluationResult, StepResult
+from pretrain.engines.base import EvaluationResult, Replica, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
 from pretrain.engines.pipeline_module import MicroBatchFeed, OwnStages, build_pipeline_module, process_groups
@@ -205,6 +205,10 @@ class PipelineEngine:
         weight = self._parameters[name]
         is_elsewhere = self._place.tensor > 0 and shard_of(weight) is None
         return not is_elsewhere and not weight.ds_pipe_replicated  # type: ignore[attr-defined]
+
+    def replicas(self) -> Iterator[Replica]:
+        """See Engine."""
+        yield from self._state.replicas()
 
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from pretrain.checkpoint.fragments import KINDS, MASTER, Fragment, LogicalState, whole_box
 from pretrain.config import RunConfig
-from pretrain.engines.base import EvaluationResult, StepResult
+from pretrain.engines.base import EvaluationResult, Replica, StepResult
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
@@ -110,6 +110,10 @@ class PlainEngine:
                     start=0,
                     values=values.detach().float().flatten(),
                 )
+
+    def replicas(self) -> Iterator[Replica]:
+        """See Engine."""
+        return iter(())
 
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""

@@ -17,7 +17,7 @@ from torch import nn
 from pretrain import distributed
 from pretrain.checkpoint.fragments import KINDS, Fragment, LogicalState
 from pretrain.config import RunConfig
-from pretrain.engines.base import EvaluationResult, StepResult
+from pretrain.engines.base import EvaluationResult, Replica, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
 from pretrain.engines.expert_groups import ExpertGroups
@@ -202,6 +202,10 @@ class ZeroEngine:
             for kind in KINDS:
                 if run.count and not is_given_elsewhere:
                     yield run.fragment(kind)
+
+    def replicas(self) -> Iterator[Replica]:
+        """See Engine."""
+        yield from self._state.replicas()
 
     def scalar_state(self) -> dict[str, Any]:
         """See Engine."""

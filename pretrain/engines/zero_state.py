@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.checkpoint.fragments import FIRST_MOMENT, MASTER, SECOND_MOMENT, Fragment, whole_box
+from pretrain.engines.base import Replica
 from pretrain.models.sharding import logical_shape, shard_of
 
 MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
@@ -59,6 +60,13 @@ class ZeroState(ABC):
     @abstractmethod
     def runs(self) -> Iterator[LocalRun]:
         """This rank's part; moments must exist (see `create_moments`)."""
+
+    def replicas(self) -> Iterator[Replica]:
+        """The weights that forward reads: whole on every data rank, cut or whole on tensor ranks."""
+        for name, parameter in self._parameters.items():
+            shard = shard_of(parameter)
+            place = "" if shard is None else str(shard.box)
+            yield Replica(name=name, kind="weight", place=place, values=parameter.data)
 
     @abstractmethod
     def publish_masters(self) -> None:
@@ -110,6 +118,15 @@ class ReplicatedState(ZeroState):
             share = math.ceil(master.numel() / ranks)
             start = min(rank * share, master.numel())
             yield self._run(name, start, min(share, master.numel() - start))
+
+    def replicas(self) -> Iterator[Replica]:
+        """See ZeroState; fp32 weights and moments as well."""
+        yield from super().replicas()
+        self.create_moments()
+        for run in self.whole():
+            place = "" if shard_of(self._parameters[run.name]) is None else str(run.box)
+            for kind, values in run.tensors.items():
+                yield Replica(name=run.name, kind=kind, place=place, values=values)
 
     def whole(self) -> Iterator[LocalRun]:
         """Every tensor in full, to be written on every rank."""
@@ -187,6 +204,10 @@ class ShardedState(ZeroState):
                 count=count,
                 tensors={kind: tensor.narrow(0, 0, count) for kind, tensor in tensors.items()},
             )
+
+    def replicas(self) -> Iterator[Replica]:
+        """See ZeroState: every rank holds shards of its own."""
+        return iter(())
 
     def _shard(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
         key = None if kind == MASTER else kind

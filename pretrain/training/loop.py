@@ -17,6 +17,7 @@ from pretrain.models.batch import Batch
 from pretrain.reporting.reporter import Reporter
 from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
+from pretrain.training.health import RankHealth
 from pretrain.training.metrics import StepMeter, perplexity
 from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
@@ -40,6 +41,7 @@ class TrainingLoop:
     stop: StopRequest
     phases: Phases
     ledger: GoodputLedger
+    health: RankHealth
     data_values: Callable[[Progress], dict[str, float | int]] | None = None  # of a line: what the sources have given
 
     def run(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
@@ -53,6 +55,7 @@ class TrainingLoop:
             Preempted: after an orderly save, where the run was asked to stop before its last step.
             RollBack: where steps went wrong that must be taken back.
             DivergedError: where one went wrong and the policy is to stop.
+            ReplicaError: where ranks that must hold the same state do not.
             StorageError: where the last save of the run failed.
         """
         first_step = progress.step + 1
@@ -61,6 +64,7 @@ class TrainingLoop:
             self.phases.enter("first step" if step == first_step else "step", step)
             progress = self._step(progress, steps)
             with self.meter.paused():
+                self.health.look(progress.step)
                 self.saves.tell(progress)
             if self._is_due(self.config.evaluation.every_steps, progress) or self._is_finished(progress):
                 progress = self._evaluate(progress)
@@ -92,9 +96,11 @@ class TrainingLoop:
         micro_batches = next(steps)
         self.phases.doing("training")
         data_seconds = time.perf_counter() - began
+        own_began = time.thread_time()
         multiplier = self.schedule(progress.step)
         self.engine.set_learning_rate_multiplier(multiplier)
         result = self.engine.train_step(micro_batches, progress.step)
+        self.health.count_step(data_seconds=data_seconds, compute_seconds=time.thread_time() - own_began)
         rows = self.plan.global_batch_at(progress.samples_consumed)
         tokens = rows * self.plan.sequence_length
         first_row = progress.samples_consumed

@@ -23,6 +23,7 @@ from pretrain.reporting.metrics_file import MetricsFile
 from pretrain.reporting.reporter import Reporter
 from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
+from pretrain.training.health import RankHealth
 from pretrain.training.loop import TrainingLoop
 from pretrain.training.metrics import StepMeter
 from pretrain.training.phases import Phases
@@ -71,6 +72,7 @@ def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[Trai
         stop=StopRequest(lambda claim: claim),
         phases=phases,
         ledger=GoodputLedger(folder / "goodput.jsonl", phases),
+        health=RankHealth(config.guard, engine),
     )
     return loop, engine
 
