@@ -306,7 +306,7 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
             phases=parts.phases,
             ledger=parts.ledger,
             health=RankHealth(config.guard, parts.engine),
-            data_values=partial(_data_values, parts.rows) if place.is_main_process else None,
+            data_values=(lambda at: ledger_values(parts.rows, at.samples_consumed)) if place.is_main_process else None,
         )
         try:
             progress = loop.run(progress, closing.enter_context(loader))
@@ -315,10 +315,6 @@ def _run_from(parts: _Parts, progress: Progress, checkpoint: Checkpoint | None) 
             raise
         outcome = "finished"
     return progress
-
-
-def _data_values(rows: TrainingRows, progress: Progress) -> dict[str, float | int]:
-    return ledger_values(rows, progress.samples_consumed)
 
 
 def _build_reporter(config: RunConfig, place: Place, progress: Progress, checkpoint: Checkpoint | None) -> Reporter:

@@ -77,6 +77,7 @@ class TrainingLoop:
                 progress = self._save(progress, is_best=is_best)
             if is_stopping and not self._is_finished(progress):
                 self._finish_saves(progress)
+                self.stop.leave()
                 raise Preempted(f"asked to stop ({self.stop.reason or 'on another rank'}) at step {progress.step}")
         self._finish_saves(progress)
         return progress

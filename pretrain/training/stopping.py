@@ -49,6 +49,7 @@ class StopRequest:
         self._signalled_at: float | None = None
         self.reason: str | None = None  # of this rank; null: nobody asked this rank
         self.wishes: list[Wish] = []  # looked at whenever ranks agree
+        self._is_leaving = False
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -59,6 +60,9 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._found_handlers.items():
+            if self._is_leaving:
+                signal.signal(number, signal.SIG_IGN)
+                continue
             # a handler that was not set from Python reads as null and cannot be put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._found_handlers.clear()
@@ -66,6 +70,13 @@ class StopRequest:
     def request(self, reason: str) -> None:
         """Ask for an orderly end without a signal, such as at a time limit."""
         self.reason = self.reason or reason
+
+    def leave(self) -> None:
+        """The state is saved, the process is ending by itself: further signals are let pass.
+
+        Launchers end all ranks once one has left, and would take the exit code of those that are still closing files.
+        """
+        self._is_leaving = True
 
     def is_agreed(self) -> bool:
         """True on all ranks once any rank was asked to stop. Collective: every rank must call at the same step."""
@@ -76,6 +87,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if self._is_leaving:
+            return
         if self._signalled_at is None:
             self._signalled_at = now
             self.request(signal.Signals(number).name)

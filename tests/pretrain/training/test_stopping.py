@@ -66,6 +66,23 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert done.stdout == "still here\n"
 
 
+def test_signals_after_the_last_save_change_nothing() -> None:
+    program = textwrap.dedent(
+        """
+        import signal, sys
+        from pretrain.training.stopping import StopRequest
+        with StopRequest(lambda claim: claim, same_request_seconds=0.0) as stop:
+            signal.raise_signal(signal.SIGTERM)
+            stop.leave()
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        sys.exit(75)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], timeout=120, check=False)
+    assert done.returncode == 75
+
+
 def test_patience() -> None:
     progress = Progress(evaluations_without_improvement=3)
     assert should_stop_early(progress, 3)
