@@ -112,6 +112,7 @@ def test_deepspeed_over_ssh(
     check_run(tmp_path, expected_losses)
 
 
+@pytest.mark.slow
 def test_deepspeed_without_ssh(tiny_dataset: Path, expected_losses: dict[int, float], tmp_path: Path) -> None:
     run_on_both(tmp_path, tiny_dataset, "deepspeed", "deepspeed.ssh=false")
     check_run(tmp_path, expected_losses)
@@ -148,9 +149,9 @@ def test_deepspeed_over_ssh_leaves_nothing_behind(
 
 @pytest.mark.slow
 def test_torchrun_on_two_nodes_goes_on_after_a_killed_worker(tiny_dataset: Path, tmp_path: Path) -> None:
-    steps = 40
+    steps = 400  # enough to be in the middle when the worker is killed, on a fast machine too
     changes = [f"port={jobs.free_port()}", "restarts=3"]
-    changes.append(f"overrides=[schedule.total_steps={steps}, checkpoint.every_steps=5]")
+    changes.append(f"overrides=[schedule.total_steps={steps}, checkpoint.every_steps=50]")
     command = launcher(tmp_path, tiny_dataset, "torchrun", *changes)
     started = [
         jobs.start([*command, "--node-rank", str(rank)], log=tmp_path / f"log-{rank}", changes=ENVIRONMENT)
@@ -176,7 +177,7 @@ def test_torchrun_on_two_nodes_goes_on_after_a_killed_worker(tiny_dataset: Path,
 def test_slurm_preempts_a_training_that_saves_requeues_and_finishes(
     slurm: SlurmCluster, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    steps = 60
+    steps = 600  # enough to be in the middle when the urgent job comes, on a fast machine too
     changes = [f"overrides=[schedule.total_steps={steps}, checkpoint.every_steps=1000]", "slurm.partition=main"]
     changes += ["time_limit=00:20:00"]
     command = launcher(tmp_path, tiny_dataset, "slurm", *changes)
