@@ -45,7 +45,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 def expected_losses(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     folder = tmp_path_factory.mktemp("one-process")
     config = jobs.write_tiny_run(folder / "run.yaml", data=tiny_dataset)
-    jobs.run([sys.executable, "-m", "pretrain", "train", config], log=folder / "log")
+    jobs.run([sys.executable, "-m", "pretrain", "train", config], log=folder / "log", deadline_seconds=DEADLINE_SECONDS)
     return jobs.losses(folder / "run")
 
 
@@ -181,7 +181,7 @@ def test_slurm_preempts_a_training_that_saves_requeues_and_finishes(
     changes = [f"overrides=[schedule.total_steps={steps}, checkpoint.every_steps=1000]", "slurm.partition=main"]
     changes += ["time_limit=00:20:00"]
     command = launcher(tmp_path, tiny_dataset, "slurm", *changes)
-    written = jobs.run(command, log=tmp_path / "log", changes=slurm.environment, deadline_seconds=60)
+    written = jobs.run(command, log=tmp_path / "log", changes=slurm.environment, deadline_seconds=DEADLINE_SECONDS)
     job = written.split()[-1]
     folder = tmp_path / "run"
     slurm.wait_for(
