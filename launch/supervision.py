@@ -129,9 +129,11 @@ class Supervision:
             self._status.mkdir(parents=True, exist_ok=True)
             (self._status / STOP).write_text(reason, encoding="utf-8")
         below = set(descendants(os.getpid()))
-        guardians = {status.guardian_pid for status in read_statuses(self._status)} & below
-        # deepspeed would stop its ranks one after another; torchrun must know, or it would start them again
-        launchers = set() if self._launcher == "deepspeed" and guardians else set(self._running)
+        statuses = read_statuses(self._status)
+        guardians = {status.guardian_pid for status in statuses} & below
+        # deepspeed would stop its ranks one after another, and pkill them on other nodes, which read the folder;
+        # torchrun must know, or it would start them again
+        launchers = set() if self._launcher == "deepspeed" and statuses else set(self._running)
         for pid in [*guardians, *sorted(launchers - guardians)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
