@@ -125,9 +125,6 @@ class Supervision:
         self.was_told_to_stop = reason != A_RANK_FAILED
         self._asked_at = time.monotonic()
         self._kill_at = self._asked_at + grace_seconds + SECONDS_FOR_GUARDIANS
-        with contextlib.suppress(OSError):
-            self._status.mkdir(parents=True, exist_ok=True)
-            (self._status / STOP).write_text(reason, encoding="utf-8")
         below = set(descendants(os.getpid()))
         statuses = read_statuses(self._status)
         guardians = {status.guardian_pid for status in statuses} & below
@@ -137,3 +134,6 @@ class Supervision:
         for pid in [*guardians, *sorted(launchers - guardians)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            self._status.mkdir(parents=True, exist_ok=True)
+            (self._status / STOP).write_text(reason, encoding="utf-8")
