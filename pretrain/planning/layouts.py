@@ -14,6 +14,7 @@ from pretrain.batch_plan import build_batch_plan
 from pretrain.compatibility import choose_engine, find_conflicts
 from pretrain.config import RunConfig
 from pretrain.errors import ConfigError, Problem
+from pretrain.models.expert_plan import expert_problems
 from pretrain.models.pipeline_stages import pipeline_problems
 from pretrain.models.sequence_plan import sequence_problems
 from pretrain.models.tensor_plan import tensor_problems
@@ -33,6 +34,7 @@ class Choice:
     tensor: int = 1
     pipeline: int = 1
     sequence: int = 1
+    expert: int = 1
     zero_stage: int = 1
     micro_batch_size: int = 1
     recomputation: Recomputation = "none"
@@ -44,8 +46,8 @@ class Choice:
         words = [self.engine] if self.engine != "auto" else [f"zero={self.zero_stage}"]
         words += [
             f"{name}={value}"
-            for name, value in (("tensor", self.tensor), ("pipeline", self.pipeline), ("sequence", self.sequence))
-            if value > 1
+            for name in ("tensor", "pipeline", "sequence", "expert")
+            if (value := getattr(self, name)) > 1
         ]
         words += [self.schedule] if self.schedule != "1f1b" else []
         words += [f"micro={self.micro_batch_size}"]
@@ -58,6 +60,7 @@ _NUMBERS = {
     **dict.fromkeys(("tensor", "tp"), "tensor"),
     **dict.fromkeys(("pipeline", "pp"), "pipeline"),
     **dict.fromkeys(("sequence", "sp"), "sequence"),
+    **dict.fromkeys(("expert", "ep"), "expert"),
     **dict.fromkeys(("zero", "stage", "z"), "zero_stage"),
     **dict.fromkeys(("micro", "mb"), "micro_batch_size"),
 }
@@ -86,8 +89,8 @@ def read_choice(text: str) -> Choice:
         elif name in _WORDS and value in _WORDS[name][1]:
             values[_WORDS[name][0]] = value
         else:
-            allowed = f"{', '.join(f'{known}=N' for known in ('zero', 'tensor', 'pipeline', 'sequence', 'micro'))}, "
-            allowed += "recompute=none|selective|full, offload=none|optimizer|all, fsdp, ddp, dualpipev"
+            allowed = "zero=N, tensor=N, pipeline=N, sequence=N, expert=N, micro=N, recompute=none|selective|full, "
+            allowed += "offload=none|optimizer|all, fsdp, ddp, dualpipev"
             problems.append(Problem(f"--explain: {word!r} in {text!r}", allowed, "write zero=3,micro=1"))
     if problems:
         raise ConfigError(*problems)
@@ -102,6 +105,7 @@ def all_choices(request: Request) -> Iterator[Choice]:
         if pipeline > 1:
             shapes += [replace(shape, schedule="dualpipev") for shape in shapes]
         elif tensor == sequence == 1 and request.devices > 1:
+            shapes += [replace(shape, expert=size) for shape in shapes for size in _expert_sizes(request)]
             shapes += [replace(shapes[0], engine="fsdp")]
         yield from _with_batches(request, shapes)
 
@@ -119,6 +123,13 @@ def _with_batches(request: Request, shapes: list[Choice]) -> Iterator[Choice]:
             if request.global_batch_rows % (size * data) == 0:
                 for recomputation in ("none", "selective", "full"):
                     yield replace(shape, micro_batch_size=size, recomputation=recomputation)
+
+
+def _expert_sizes(request: Request) -> Iterator[int]:
+    """Ranks of a node that may share the experts."""
+    for size in range(2, request.node_devices + 1):
+        if request.shape.experts and request.node_devices % size == request.shape.experts % size == 0:
+            yield size
 
 
 def _sizes(request: Request) -> Iterator[tuple[int, int, int]]:
@@ -145,6 +156,7 @@ def build_config(request: Request, choice: Choice, *, deepspeed_config: str | No
         "tensor": choice.tensor,
         "pipeline": choice.pipeline,
         "sequence": choice.sequence,
+        "expert": choice.expert,
         "deepspeed_config": deepspeed_config,
     }
     parallel |= {"data_parallel": "shard" if choice.engine == "fsdp" else "replicate"} if is_accelerate else {}
@@ -186,6 +198,7 @@ def refusals(request: Request, choice: Choice, config: RunConfig) -> list[Proble
     problems = find_conflicts(config, request.devices)
     problems += tensor_problems(choice.tensor, request.shape)
     problems += sequence_problems(config, request.shape)
+    problems += expert_problems(choice.expert, request.shape)
     fewest = None
     try:
         topology = build_topology(

@@ -99,6 +99,7 @@ def make_plan(request: Request, choice: Choice, config: RunConfig) -> Plan:
         tensor=topology.tensor,
         pipeline=topology.pipeline,
         sequence=topology.sequence,
+        expert=choice.expert,
         is_bidirectional=layout.is_bidirectional,
         zero_stage={"fsdp": 3, "ddp": 0}.get(choice.engine, choice.zero_stage),
         recomputation=choice.recomputation,

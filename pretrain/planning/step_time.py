@@ -28,6 +28,7 @@ class StepTime:
     sharding: float  # gathers of weights and reductions of gradients, what computation does not hide
     tensor_parallel: float
     sequence_parallel: float
+    expert_parallel: float
     pipeline_transfers: float
     bubble: float  # a pipeline's waiting
     waiting: float  # latency of collectives over many ranks, stragglers
@@ -70,6 +71,7 @@ def predict_step(work: Workload, device: Device, software: Software, constants: 
         "recomputation": again,
         "loss": loss,
         "tensor_parallel": _tensor_seconds(work, device, layers),
+        "expert_parallel": _expert_seconds(work, device, layers),
         "sequence_parallel": _sequence_seconds(work, device, constants, layers),
         "pipeline_transfers": _transfer_seconds(work, device),
     }
@@ -175,6 +177,17 @@ def _sequence_seconds(work: Workload, device: Device, constants: Constants, laye
     return times * layers * link.all_to_all(work.tokens * width * LOW)
 
 
+def _expert_seconds(work: Workload, device: Device, layers: float) -> float:
+    """Tokens travel to their experts and back, forward and backward, once more where the forward runs again."""
+    if work.expert == 1:
+        return 0.0
+    shape = work.shape
+    inside = work.expert <= device.node_devices
+    link = Link(ranks=work.expert, bandwidth=device.node_bandwidth if inside else device.network_bandwidth)
+    times = (6 if work.recomputation == "full" else 4) * shape.sparse_layers / shape.layers
+    return times * layers * link.all_to_all(work.tokens * shape.active_experts * shape.hidden_size * LOW)
+
+
 def _transfer_seconds(work: Workload, device: Device) -> float:
     """Hidden states to the next stage and gradients back, once for each model part."""
     if work.pipeline == 1:
@@ -199,7 +212,7 @@ def _sharding_seconds(
     if ranks == 1:
         return 0.0, 0.0
     link = data_link(work, device, constants)
-    held = work.count.total / (work.tensor * work.pipeline)
+    held = work.held_parameters
     gathers, reductions = _collectives(work, software)
     gradient = (work.zero_stage >= 2 and software.bucket_bytes) or software.gradient_bytes
     seconds = gathers * link.gather(held * LOW) + reductions * link.gather(held * gradient)

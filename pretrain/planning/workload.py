@@ -52,6 +52,7 @@ class Workload:
     tensor: int = 1  # ranks
     pipeline: int = 1  # ranks
     sequence: int = 1  # ranks
+    expert: int = 1  # of the data ranks, those that share the experts
     interleaving: int = 1  # model parts on each pipeline rank
     is_bidirectional: bool = False  # DualPipeV
     zero_stage: int = 0
@@ -82,6 +83,12 @@ class Workload:
         return count_parameters(self.shape)
 
     @cached_property
+    def held_parameters(self) -> float:
+        """That one rank computes with, before ZeRO."""
+        shared = self.count.total - self.count.experts
+        return (shared + self.count.experts / self.expert) / (self.tensor * self.pipeline)
+
+    @cached_property
     def attention_flops(self) -> float:
         """Forward of one layer and one micro-batch on one rank."""
         flops = count_flops(self.shape, self.count, self.sequence_length).attention_forward
@@ -106,8 +113,9 @@ class Workload:
             found += [self._split(hidden, ways * width, inner=False, times=times)]
             found += [self._split(width, hidden, inner=True, times=times)]
         if sparse:
-            width, rows = shape.expert_intermediate_size, shape.active_experts / shape.experts
-            times = sparse * shape.experts
+            # a rank's experts get the tokens of all ranks that share them
+            width, rows = shape.expert_intermediate_size, shape.active_experts / shape.experts * self.expert
+            times = sparse * shape.experts / self.expert
             found += [self._split(hidden, ways * width, inner=False, rows=rows, times=times)]
             found += [self._split(width, hidden, inner=True, rows=rows, times=times)]
         return tuple(found)

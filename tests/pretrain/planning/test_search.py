@@ -64,6 +64,7 @@ def test_settings_are_those_of_the_shipped_files() -> None:
         Choice(zero_stage=3, recomputation="full", micro_batch_size=4),
         Choice(tensor=4, pipeline=2, schedule="dualpipev"),
         Choice(engine="fsdp"),
+        Choice(expert=4, micro_batch_size=2),
         Choice(zero_stage=3, offload="all", sequence=2),
     ],
 )

@@ -42,6 +42,16 @@ def test_matmuls_are_those_of_the_flop_count(preset: str) -> None:
     assert sum(matmul.flops for matmul in work.matrices) * work.shape.layers / work.tokens == pytest.approx(expected)
 
 
+def test_expert_ranks_compute_as_much_with_fewer_weights() -> None:
+    alone = work_of(shape=shape_of("qwen3-30b-a3b"), zero_stage=1)
+    shared = replace(alone, expert=8)
+    assert sum(one.flops for one in shared.matrices) == pytest.approx(sum(one.flops for one in alone.matrices))
+    assert shared.held_parameters < 0.2 * alone.held_parameters
+    software, constants = SOFTWARE["athanor"], CONSTANTS
+    assert predict_step(shared, A100, software, constants).expert_parallel > 0
+    assert predict_step(alone, A100, software, constants).expert_parallel == 0
+
+
 def test_tensor_ranks_share_the_matmuls() -> None:
     whole, cut = work_of(), work_of(tensor=4)
     assert sum(one.flops for one in cut.matrices) == pytest.approx(sum(one.flops for one in whole.matrices) / 4)
