@@ -19,7 +19,7 @@ _BUCKETS: Mapping[str, Any] = {
 OF_STAGE: Mapping[int, Mapping[str, Any]] = {
     0: {},
     1: _BUCKETS,
-    2: {**_BUCKETS, "reduce_scatter": True, "round_robin_gradients": True},
+    2: {**_BUCKETS, "reduce_scatter": True},
     3: {
         "reduce_bucket_size": 200_000_000,
         "overlap_comm": True,

@@ -32,6 +32,7 @@ EXAMPLES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "zero_optimization.zero_hpz_partition_size": (2, 1, {"zero_stage": 3, "tensor": 2}),
     "zero_optimization.reduce_scatter": (False, True, {"expert": 2}),
     "zero_optimization.contiguous_gradients": (False, True, {"expert": 2}),
+    "zero_optimization.round_robin_gradients": (True, False, {}),
     "use_data_before_expert_parallelism": (True, False, {}),
     "bf16.bf16_master_weights_and_grads": (True, False, {}),
     "fp16.fp16_master_weights_and_grads": (True, False, {}),
