@@ -31,8 +31,8 @@ def published_memory(run: PublishedRun, micro_batch_size: int) -> float:
     hidden = shape.hidden_size
     # tensor parallelism leaves norms and the blocks' inputs whole: 10 of the 34 bytes with dropout
     of_layer = tokens * hidden * (10 + (LAYER_BYTES - 8) / run.tensor)
-    if run.tensor == 1:
-        of_layer = tokens * hidden * LAYER_BYTES
+    if run.tensor == 1 or run.recomputation == "selective":  # which came with sequence parallelism: all is cut
+        of_layer = tokens * hidden * LAYER_BYTES / run.tensor
     if run.software == "megatron" and run.recomputation != "selective":
         of_layer += UNFUSED_BYTES * shape.heads * tokens * run.sequence_length / run.tensor
     if run.recomputation == "full":
