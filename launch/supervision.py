@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,8 +79,9 @@ class Supervision:
         return next((code for code in self._codes if code), 0)
 
     def _start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        kept = list(words) if self._launcher == "agent" else [sys.executable, "-m", "launch.keeper", *words]
         process = subprocess.Popen(
-            list(words),
+            kept,
             env={**environment, LAUNCHER: identity(os.getpid()) or ""},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C is for us; ranks get one wish, from us
