@@ -133,6 +133,11 @@ _NO_OFFLOAD = Refusal(
     allowed="none",
     change="set parallel.engine=zero, or parallel.data_parallel=shard without offload",
 )
+_FP16_SKIPS = Refusal(
+    reason="fp16 finds its loss scale by steps that overflow and are skipped, each of which would stop or undo the run",
+    allowed="guard.on_non_finite: skip",
+    change="set guard.on_non_finite=skip, or precision=bf16",
+)
 _SHARDED_BY_FSDP = Refusal(
     reason="FSDP2 is the accelerate engine's way to share the state; the other engines have their own",
     allowed="replicate",
@@ -332,16 +337,8 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("engine plain", "ZeRO stage 0"): _NO_SHARDING,
     ("engine plain", "ZeRO stage 2"): _NO_SHARDING,
     ("engine plain", "ZeRO stage 3"): _NO_SHARDING,
-    ("precision fp16", "guard.on_non_finite stop"): Refusal(
-        reason="fp16 finds its loss scale by steps that overflow and are skipped, so the run would stop at once",
-        allowed="guard.on_non_finite: skip",
-        change="set guard.on_non_finite=skip, or precision=bf16",
-    ),
-    ("precision fp16", "guard.on_non_finite rollback"): Refusal(
-        reason="fp16 finds its loss scale by steps that overflow and are skipped, so the run would go back each time",
-        allowed="guard.on_non_finite: skip",
-        change="set guard.on_non_finite=skip, or precision=bf16",
-    ),
+    ("precision fp16", "guard.on_non_finite stop"): _FP16_SKIPS,
+    ("precision fp16", "guard.on_non_finite rollback"): _FP16_SKIPS,
     ("precision fp16", "ZeRO stage 0"): Refusal(
         reason="DeepSpeed's fp16 optimizer without ZeRO does not say which weights it holds, so nothing could be saved",
         allowed="stages 1, 2, 3",

@@ -81,15 +81,10 @@ class ZeroEngine:
         self._model = build_zero_model(deepspeed, builder, settings, device, self._groups, self._experts)
         if self._sequence:
             self._sequence.take_over(self._model)
-        parameters = {
-            self._model.logical_name(name): weight
-            for name, weight in self._model.named_parameters()
-            if weight.requires_grad
-        }
+        parameters = _trained_parameters(self._model)
         self._shapes = {name: logical_shape(weight) for name, weight in parameters.items()}
         if self._disk:
-            shards = sum(weight.ds_tensor.numel() for weight in parameters.values())  # type: ignore[attr-defined]
-            self._disk.require_space(SWAPPED_BYTES * shards * distributed.read_place().local_world_size)
+            _require_space(self._disk, parameters)
         optimizer = build_optimizer(parameters.items(), config.optimizer)
         if self._experts:
             self._experts.separate(optimizer)
@@ -261,6 +256,15 @@ def _take_disk(config: RunConfig, settings: dict[str, Any]) -> OffloadFolder | N
     disk = OffloadFolder(str(config.parallel.offload_folder))
     settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(disk.path)
     return disk
+
+
+def _trained_parameters(model: Any) -> dict[str, nn.Parameter]:
+    return {model.logical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _require_space(disk: OffloadFolder, parameters: Mapping[str, nn.Parameter]) -> None:
+    shards = sum(weight.ds_tensor.numel() for weight in parameters.values())  # type: ignore[attr-defined]
+    disk.require_space(SWAPPED_BYTES * shards * distributed.read_place().local_world_size)
 
 
 class _Clipper:
