@@ -33,7 +33,6 @@ Feature = Literal[
     "optimizer offload",
     "parameter offload",
     "NVMe offload",
-    "NVMe offload of parameters",
     "selective recomputation",
     "recomputation of some layers",
     "compiled layers",
@@ -81,8 +80,9 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "sharded data parallelism": lambda run: run.config.parallel.data_parallel == "shard",
     "optimizer offload": lambda run: run.config.parallel.offload_optimizer != "none",
     "parameter offload": lambda run: run.config.parallel.offload_parameters != "none",
-    "NVMe offload": lambda run: run.config.parallel.offload_optimizer == "nvme",
-    "NVMe offload of parameters": lambda run: run.config.parallel.offload_parameters == "nvme",
+    "NVMe offload": lambda run: (
+        "nvme" in (run.config.parallel.offload_optimizer, run.config.parallel.offload_parameters)
+    ),
     "selective recomputation": lambda run: run.config.execution.recomputation == "selective",
     "recomputation of some layers": lambda run: run.config.execution.recompute_every > 1,
     "compiled layers": lambda run: run.config.execution.compile,
@@ -107,7 +107,6 @@ LAYOUT_FEATURES: tuple[Feature, ...] = (
     "sharded data parallelism",
     "optimizer offload",
     "parameter offload",
-    "NVMe offload",
     "selective recomputation",
     "recomputation of some layers",
     "several processes",
@@ -169,11 +168,6 @@ _ONLY_SHARDS_ARE_OFFLOADED = Refusal(
     allowed="stage 3",
     change="set parallel.zero_stage=3, or parallel.offload_parameters=none",
 )
-_SWAPPED_ARE_SHARDS = Refusal(
-    reason="DeepSpeed's stages 1 and 2 offload to the host's memory alone, and would take NVMe for that",
-    allowed="ZeRO stage 3",
-    change="set parallel.zero_stage=3, or parallel.offload_optimizer=cpu",
-)
 _NO_FP16_OFFLOAD = Refusal(
     reason="not shown to give the right numbers",
     allowed="fp32, bf16",
@@ -185,7 +179,6 @@ IMPLIED: Mapping[Feature, Feature] = {
     "engine pipeline": "pipeline parallelism",
     "DualPipeV": "pipeline parallelism",
     "sharded data parallelism": "engine accelerate",
-    "NVMe offload": "optimizer offload",
 }
 
 # The table. A feature paired with itself is refused altogether.
@@ -295,18 +288,11 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ("sharded data parallelism", "engine plain"): _SHARDED_BY_FSDP,
     ("sharded data parallelism", "engine zero"): _SHARDED_BY_FSDP,
     ("sharded data parallelism", "engine pipeline"): _SHARDED_BY_FSDP,
-    ("NVMe offload of parameters", "NVMe offload of parameters"): Refusal(
-        reason="DeepSpeed moves shards of weights between files of its own, past which our checkpoints would restore",
+    ("NVMe offload", "NVMe offload"): Refusal(
+        reason="DeepSpeed keeps shares of over 1 MiB in files of its own, which our checkpoints neither read nor write",
         allowed="none, cpu",
-        change="set parallel.offload_parameters=cpu, with parallel.offload_optimizer=nvme if the host is too small",
+        change="set parallel.offload_optimizer=cpu and parallel.offload_parameters=cpu, or start more ranks",
     ),
-    ("NVMe offload", "expert parallelism"): Refusal(
-        reason="shares of experts in files were never compared with plain",
-        allowed="none, cpu",
-        change="set parallel.offload_optimizer=cpu, or parallel.expert=1",
-    ),
-    ("NVMe offload", "ZeRO stage 1"): _SWAPPED_ARE_SHARDS,
-    ("NVMe offload", "ZeRO stage 2"): _SWAPPED_ARE_SHARDS,
     ("optimizer offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
     ("parameter offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
     ("optimizer offload", "ZeRO stage 0"): Refusal(

@@ -121,7 +121,6 @@ def layout_of(config: RunConfig, engine: str, topology: Topology, buffers: Buffe
         shards_weights=parallel.data_parallel == "shard",
         offloads_optimizer=parallel.offload_optimizer != "none",
         offloads_parameters=parallel.offload_parameters != "none",
-        optimizer_on_disk=parallel.offload_optimizer == "nvme",
         buffers=buffers,
     )
 
@@ -168,8 +167,6 @@ def read_buffers(file_values: Mapping[str, Any], zero_stage: int) -> Buffers:
         reduce_bucket_size=_number(values.get("reduce_bucket_size"), default.reduce_bucket_size),
         overlap_comm=bool(values.get("overlap_comm", zero_stage == 3)),
         max_live_parameters=_number(values.get("stage3_max_live_parameters"), default.max_live_parameters),
-        sub_group_size=_number(values.get("sub_group_size"), default.sub_group_size),
-        swap_buffers=_number(values.get("offload_optimizer", {}).get("buffer_count"), default.swap_buffers),
     )
 
 

@@ -22,7 +22,6 @@ from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
 from pretrain.engines.expert_groups import ExpertGroups
 from pretrain.engines.expert_parallel import ExpertRanks
-from pretrain.engines.offload_folder import OffloadFolder, require_async_io
 from pretrain.engines.rank_groups import RankGroups
 from pretrain.engines.sequence_parallel import share_rows
 from pretrain.engines.tensor_parallel import TensorRanks
@@ -38,7 +37,6 @@ from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_
 from pretrain.random_streams import stream_seed
 from pretrain.topology import Topology
 
-SWAPPED_BYTES = 16  # of a parameter, in files: fp32 weight, two moments, gradient
 # of DeepSpeed's dynamic loss scaler: what the next step depends on
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -68,7 +66,6 @@ class ZeroEngine:
         settings = build_deepspeed_config(
             config, accumulation=accumulation, data_parallel=self._ranks, file_values=file_values
         )
-        self._disk = _take_disk(config, settings)
         if self._stage == 0:  # it knows neither whose gradients are whole, nor a norm in fp32: see _Clipper
             settings["gradient_clipping"] = 0.0
         with quiet():
@@ -83,8 +80,6 @@ class ZeroEngine:
             self._sequence.take_over(self._model)
         parameters = _trained_parameters(self._model)
         self._shapes = {name: logical_shape(weight) for name, weight in parameters.items()}
-        if self._disk:
-            _require_space(self._disk, parameters)
         optimizer = build_optimizer(parameters.items(), config.optimizer)
         if self._experts:
             self._experts.separate(optimizer)
@@ -221,7 +216,7 @@ class ZeroEngine:
         """See Engine."""
         self._gate.restore(state.scalars)
         self._state.create_moments(steps=state.scalars["optimizer_steps"])
-        held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs(to_write=True)
+        held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs()
         for run in held:
             for kind in KINDS:
                 values = state.read_box_run(run.name, kind, run.box, run.start, run.count)
@@ -235,9 +230,9 @@ class ZeroEngine:
         self._engine.destroy()
         if self._sequence:
             self._sequence.close()
-        for held in (self._groups, self._experts, self._disk):
-            if held:
-                held.close()
+        for groups in (self._groups, self._experts):
+            if groups:
+                groups.close()
         gc.unfreeze()
 
 
@@ -248,23 +243,8 @@ def _require_fp16(deepspeed: Any) -> None:
         )
 
 
-def _take_disk(config: RunConfig, settings: dict[str, Any]) -> OffloadFolder | None:
-    """This rank's folder, which DeepSpeed is told of; None where nothing is offloaded to a disk."""
-    if config.parallel.offload_optimizer != "nvme":
-        return None
-    require_async_io()
-    disk = OffloadFolder(str(config.parallel.offload_folder))
-    settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(disk.path)
-    return disk
-
-
 def _trained_parameters(model: Any) -> dict[str, nn.Parameter]:
     return {model.logical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _require_space(disk: OffloadFolder, parameters: Mapping[str, nn.Parameter]) -> None:
-    shards = sum(weight.ds_tensor.numel() for weight in parameters.values())  # type: ignore[attr-defined]
-    disk.require_space(SWAPPED_BYTES * shards * distributed.read_place().local_world_size)
 
 
 class _Clipper:

@@ -39,9 +39,6 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
     "optimizer offload": {"parallel": {"offload_optimizer": "cpu"}},
     "parameter offload": {"parallel": {"offload_parameters": "cpu", "zero_stage": 3}},
     "NVMe offload": {"parallel": {"offload_optimizer": "nvme", "offload_folder": "nvme", "zero_stage": 3}},
-    "NVMe offload of parameters": {
-        "parallel": {"offload_parameters": "nvme", "offload_folder": "nvme", "zero_stage": 3}
-    },
     "selective recomputation": {"execution": {"recomputation": "selective"}},
     "recomputation of some layers": {"execution": {"recomputation": "full", "recompute_every": 2}},
     "compiled layers": {"execution": {"compile": True}},

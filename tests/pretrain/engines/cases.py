@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from pretrain import distributed
@@ -23,11 +19,8 @@ from pretrain.engines.build import build_engine
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.topology import Topology, build_topology
-from tests.distributed.ranks import REPOSITORY
 
 VOCABULARY = 512
-LARGE_TABLES = (("vocab_size", 9000),)  # so that half of one is over a MiB, which DeepSpeed puts into files
-OFFLOAD_FOLDER = Path(tempfile.gettempdir()) / "athanor-test-offload"
 SEQUENCE_LENGTH = 48
 STEPS = 5
 PARALLEL_KEYS = (
@@ -102,10 +95,7 @@ class Case:
                 "schedule": {"total_steps": STEPS},
                 "loss": {"z_loss": self.z_loss},
                 "precision": self.precision,
-                "parallel": {
-                    **{key: getattr(self, key) for key in PARALLEL_KEYS},
-                    "offload_folder": str(OFFLOAD_FOLDER) if self.offload_optimizer == "nvme" else None,
-                },
+                "parallel": {key: getattr(self, key) for key in PARALLEL_KEYS},
                 "execution": {
                     "recomputation": self.recomputation,
                     "recompute_every": self.recompute_every,
@@ -113,12 +103,6 @@ class Case:
                 },
             }
         )
-
-    @property
-    def file_values(self) -> dict[str, Any]:
-        """What a ds_configs file would say: groups of state so small that several go to files, where any do."""
-        is_swapped = self.offload_optimizer == "nvme"
-        return {"zero_optimization": {"sub_group_size": 250_000}} if is_swapped else {}
 
     @property
     def accumulation(self) -> int:
@@ -167,7 +151,7 @@ def start_engine(case: Case) -> Engine:
         torch.device("cpu"),
         topology=case.topology,
         accumulation=case.accumulation,
-        file_values=case.file_values,
+        file_values={},
     )
 
 
@@ -266,18 +250,3 @@ def assemble(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], np.ndarray]:
         assert not np.isnan(values).any(), f"{name} {kind} is not covered"
         assert kind in KINDS
     return whole
-
-
-def has_async_io() -> bool:
-    """Whether DeepSpeed's async_io was built ahead: its first use compiles for minutes, past any test's deadline."""
-    built = os.environ.get("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache" / "torch_extensions"))
-    return Path(built, "async_io", "async_io.so").exists()
-
-
-WITHOUT_ASYNC_IO = "DeepSpeed's async_io is not built: libaio-dev, then python -m launch.warm_deepspeed async_io"
-
-
-def skip_without_async_io(*cases: Case) -> None:
-    """Skip the test where one of its cases cannot run on this machine."""
-    if any(case.offload_optimizer == "nvme" for case in cases) and not has_async_io():
-        pytest.skip(WITHOUT_ASYNC_IO)

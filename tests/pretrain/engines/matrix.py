@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 from pretrain.compatibility import LAYOUT_FEATURES, USES, Choice, Feature, choose_engine
-from tests.pretrain.engines.cases import LARGE_TABLES, VOCABULARY, Case
+from tests.pretrain.engines.cases import VOCABULARY, Case
 
 
 @dataclass(frozen=True)
@@ -325,14 +325,7 @@ def _offload_cells() -> list[Cell]:
     optimizer = Case(engine="zero", offload_optimizer="cpu")
     parameters = Case(engine="zero", zero_stage=3, offload_parameters="cpu")
     both = replace(parameters, offload_optimizer="cpu")
-    disk = Case(engine="zero", zero_stage=3, offload_optimizer="nvme", model=LARGE_TABLES)
     return [
-        Cell(2, disk),
-        Cell(2, replace(disk, precision="bf16", tied=True, micro_batch_size=2)),
-        Cell(2, replace(disk, tensor=2, recomputation="selective", model=(("vocab_size", 18_000),))),
-        Cell(2, replace(disk, sequence=2, recomputation="full", recompute_every=2, layers=3)),
-        Cell(2, replace(disk, offload_parameters="cpu", precision="bf16")),
-        Cell(1, replace(disk, micro_batch_size=8)),
         *(
             Cell(2, replace(optimizer, zero_stage=stage, precision=precision))
             for stage, precision in ((1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pretrain.compatibility import LAYOUT_FEATURES, Feature, find_conflicts, refusal_of
-from tests.pretrain.engines.cases import Case, skip_without_async_io, train_case
+from tests.pretrain.engines.cases import Case, train_case
 from tests.pretrain.engines.matrix import CELLS, Cell
 from tests.pretrain.engines.parity import TOLERANCES, Pool, compare, plain, state_differences
 
@@ -18,7 +18,6 @@ from tests.pretrain.engines.parity import TOLERANCES, Pool, compare, plain, stat
     "cell", [pytest.param(cell, id=str(cell), marks=[pytest.mark.slow] if cell.slow else []) for cell in CELLS]
 )
 def test_layout_equals_plain(rank_pool: Pool, cell: Cell) -> None:
-    skip_without_async_io(cell.case)
     compare(rank_pool, cell)
 
 

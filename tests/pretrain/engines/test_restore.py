@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.checkpoint.store import CheckpointStore
 from tests.distributed.ranks import RankPool
-from tests.pretrain.engines.cases import LARGE_TABLES, Case, Outcome, skip_without_async_io, start_engine, take_steps
+from tests.pretrain.engines.cases import Case, Outcome, start_engine, take_steps
 from tests.pretrain.engines.matrix import MIXTRAL
 
 pytestmark = pytest.mark.ranks
@@ -36,11 +36,6 @@ LAYOUTS = {
         2,
         Case(engine="zero", zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
     ),
-    "zero 3 on a disk x 2": (
-        2,
-        Case(engine="zero", zero_stage=3, offload_optimizer="nvme", model=LARGE_TABLES),
-    ),
-    "plain, large tables": (1, Case(engine="plain", model=LARGE_TABLES)),
     "ddp x 2": (2, Case(engine="accelerate")),
     "fsdp x 1": (1, Case(engine="accelerate", data_parallel="shard")),
     "fsdp x 2": (2, Case(engine="accelerate", data_parallel="shard")),
@@ -67,8 +62,6 @@ CHANGES = [
     ("zero 1 x 2", "zero 3 x 2"),
     ("zero 3 x 2", "zero 2 x 2"),
     ("tensor 2", "zero 3 offloaded x 2"),
-    ("plain, large tables", "zero 3 on a disk x 2"),
-    ("zero 3 on a disk x 2", "plain, large tables"),
     ("zero 1 x 4", "plain"),
     ("zero 0 x tensor 2", "fsdp x 2"),
     ("fsdp x 2", "zero 3 x tensor 2"),
@@ -114,7 +107,6 @@ QUICK_LAYOUTS = [
         for layout in (
             *("plain", "zero 0 x 2", "zero 1 x 2", "zero 3 x 2", "zero 3 x tensor 2", "zero 2 offloaded x 2"),
             *("zero 3 offloaded x 2", "ddp x 2", "fsdp x 2", "sequence zero 3 x 2", "stages 2 x tensor 2"),
-            "zero 3 on a disk x 2",
             "zero 3, experts 2 x 2",
         )
     ),
@@ -158,7 +150,6 @@ def resume(case: Case, folder: str) -> Outcome:
 )
 def test_another_layout_goes_on(rank_pool: Pool, tmp_path: Path, saved: str, resumed: str) -> None:
     (ranks, case), (other_ranks, other) = LAYOUTS[saved], LAYOUTS[resumed]
-    skip_without_async_io(case, other)
     expected = rank_pool(ranks).run(save_and_go_on, case, str(tmp_path))[0]
     for outcome in rank_pool(other_ranks).run(resume, other, str(tmp_path)):
         assert outcome.losses[0] == pytest.approx(expected.losses[0], rel=1e-6)
@@ -178,7 +169,6 @@ def test_another_layout_goes_on(rank_pool: Pool, tmp_path: Path, saved: str, res
 def test_the_same_layout_is_equal_to_the_bit(rank_pool: Pool, tmp_path: Path, layout: str, precision: str) -> None:
     ranks, case = LAYOUTS[layout]
     case = replace(case, precision=precision)
-    skip_without_async_io(case)
     if precision == "fp16" and (case.engine != "zero" or case.zero_stage == 0 or case.offload_optimizer != "none"):
         pytest.skip("fp16 is refused there, see pretrain/compatibility.py")
     if precision == "bf16" and case.zero_stage == 0 and case.pipeline > 1:
