@@ -125,6 +125,7 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
     dist.init_process_group(
         # host values (flags, counts) always travel by gloo: agreeing on them never waits for a GPU
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=_store_of_this_attempt(timeout_seconds),
         rank=place.rank,
         world_size=place.world_size,
         timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -137,6 +138,22 @@ def start(place: Place, *, timeout_seconds: float = 1800) -> None:
                 "check MASTER_ADDR, MASTER_PORT and the number of processes",
             )
         )
+
+
+def _store_of_this_attempt(timeout_seconds: float) -> Any:
+    """Of ranks that torchrun has started again: its store still holds the addresses of the ranks that are gone."""
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    return PrefixStore(f"attempt-{attempt}", store)
 
 
 def own_store() -> Any:
