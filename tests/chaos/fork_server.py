@@ -7,19 +7,26 @@ nothing: a forked rank is a process like any other, with its own environment, lo
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import select
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from typing import Any, NoReturn
 
+from tests.distributed.ranks import rank_environment
+from tests.launch.jobs import free_port
+
 SUBREAPER, PARENT_DEATH_SIGNAL = 36, 1  # of prctl: adopt orphans; die with the server
+GRACE_SECONDS = 30  # torchrun's, between SIGTERM and SIGKILL
 CHANGED_SIGNALS = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)
 
 
@@ -62,7 +69,6 @@ def _preload() -> None:
     """Import what a rank would import, so that a fork has it. No thread may be started here."""
     import torch
     import torch._dynamo  # DeepSpeed's and accelerate's wrappers ask it
-    import torch.distributed.run
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     import pretrain.engines.accelerated
@@ -168,26 +174,44 @@ def _train(task: dict[str, Any]) -> None:
 
 
 def _launch(task: dict[str, Any]) -> None:
-    """What `torchrun` runs, its workers forked from here."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    """What `torchrun --max-restarts` does, without its threads: a fork of a process with threads may hang."""
+    for attempt in range(task["restarts"] + 1):
+        port = free_port()
+        pids = set()
+        for rank in range(task["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                os.environ.update(rank_environment(rank, task["ranks"], port))
+                os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+                _train(task)
+                return
+            pids.add(pid)
+        if _all_end_well(pids):
+            return
+    sys.exit(1)
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=task["ranks"],
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="chaos",
-        max_restarts=task["restarts"],
-        monitor_interval=0.05,
-        start_method="fork",
-    )
-    try:
-        elastic_launch(config, _train)(task)
-    except ChildFailedError as failure:
-        print(failure, file=sys.stderr)
-        sys.exit(1)
+
+def _all_end_well(pids: set[int]) -> bool:
+    """Wait for all ranks; once one fails, the others are told to end, and ended where they do not."""
+    is_well, kill_at = True, math.inf
+    while pids:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            if time.monotonic() > kill_at:
+                _signal_all(pids, signal.SIGKILL)
+            time.sleep(0.02)
+            continue
+        pids.discard(pid)
+        if status != 0 and is_well:
+            is_well, kill_at = False, time.monotonic() + GRACE_SECONDS
+            _signal_all(pids, signal.SIGTERM)
+    return is_well
+
+
+def _signal_all(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 if __name__ == "__main__":

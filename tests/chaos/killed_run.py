@@ -1,36 +1,47 @@
-"""One run whose ranks are killed -9 five times and started again by torchrun's agent, beside one that is left alone.
+"""One run under torchrun whose ranks are killed -9 five times, beside one that is left alone; and their plot.
 
     python -m tests.chaos.killed_run [--seed N] [--plot FILE.png]
 
-Nobody starts anything again: the launcher's `--max-restarts` does. Owns the kills and the picture; many cases are
-session.py's. The agent is torchrun's own; its ranks are forked from the fork server instead of importing torch anew.
+Nobody starts anything again: `--max-restarts` does. Owns the kills and the picture; many cases are session.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import signal
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.chaos.layouts import make_dataset
-from tests.chaos.lives import ForkServer, Life
 from tests.launch import jobs
 
 STEPS, SAVE_EVERY, KILLS = 60, 7, 5
 RANKS = 2
-DEADLINE_SECONDS = 600
+DEADLINE_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What a kill met."""
+
+    at_step: int  # the last one of metrics.jsonl
+    victims: int  # ranks
+    seen: dict[int, float] = field(repr=False)  # loss by step when it came
 
 
 @dataclass(frozen=True, kw_only=True)
 class KilledRun:
-    """Losses by step, and the steps between which each start of the killed run trained."""
+    """Losses by step of both runs, and the kills."""
 
     undisturbed: dict[int, float]
     killed: dict[int, float]
-    spans: list[tuple[int, int]]  # first and last step that each start began, in order
+    kills: list[Kill]
 
 
 def train_with_kills(folder: Path, *, seed: int) -> KilledRun:
@@ -47,43 +58,41 @@ def train_with_kills(folder: Path, *, seed: int) -> KilledRun:
         "parallel": {"zero_stage": 1},
         "precision": "bf16",
     }
-    lives = {}
-    with ForkServer() as server:
-        for name, faults in (("undisturbed", []), ("killed", _kills(random.Random(seed)))):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            run = jobs.write_tiny_run(folder / name / "run.yaml", data=dataset, **sections)
-            lives[name] = server.run(
-                ["train", str(run)],
-                ranks=RANKS,
-                run_folder=folder / name / "run",
-                folder=folder / name,
-                number=1,
-                faults=faults,
-                restarts=KILLS,
-                deadline_seconds=DEADLINE_SECONDS,
-            )
-            assert lives[name].code == 0, lives[name].log()[-jobs.SHOWN_CHARACTERS :]
-    return KilledRun(
-        undisturbed=jobs.losses(folder / "undisturbed" / "run"),
-        killed=jobs.losses(folder / "killed" / "run"),
-        spans=[_span(lives["killed"], attempt) for attempt in range(KILLS + 1)],
-    )
+    whole = jobs.write_tiny_run(folder / "whole.yaml", data=dataset, **sections)
+    killed = jobs.write_tiny_run(folder / "killed.yaml", data=dataset, **sections)
+    jobs.run(_torchrun(whole, 0), log=folder / "whole.log", deadline_seconds=DEADLINE_SECONDS)
+    chooser = random.Random(seed)
+    steps = [round(STEPS * (number + chooser.random()) / (KILLS + 1)) for number in range(1, KILLS + 1)]
+    process = jobs.start(_torchrun(killed, KILLS), log=folder / "killed.log")
+    try:
+        kills = [_kill(process.pid, folder / "killed", step, chooser.choice((1, RANKS))) for step in steps]
+        code = process.wait(DEADLINE_SECONDS)
+    finally:
+        jobs.end(process)
+    assert code == 0, (folder / "killed.log").read_text(encoding="utf-8")[-jobs.SHOWN_CHARACTERS :]
+    return KilledRun(undisturbed=jobs.losses(folder / "whole"), killed=jobs.losses(folder / "killed"), kills=kills)
 
 
-def _kills(chooser: random.Random) -> list[dict[str, Any]]:
-    """One rank, or both, of every start but the last, each in another sixth of the run."""
-    faults = []
-    for attempt in range(KILLS):
-        step = round(STEPS * (attempt + chooser.uniform(1.0, 1.9)) / (KILLS + 1))
-        for rank in chooser.choice(([0], [1], [0, 1])):
-            event = {"event": f"train step {step}", "occurrence": 1, "action": "kill rank"}
-            faults.append({"attempt": attempt, "rank": rank, **event})
-    return faults
+def _torchrun(run: Path, restarts: int) -> list[str | Path]:
+    launcher: list[str | Path] = [jobs.SCRIPTS / "torchrun", f"--nproc-per-node={RANKS}", "--master-addr=127.0.0.1"]
+    launcher += [f"--master-port={jobs.free_port()}", f"--max-restarts={restarts}"]
+    return [*launcher, "-m", "pretrain", "train", run]
 
 
-def _span(life: Life, attempt: int) -> tuple[int, int]:
-    steps = [int(event.split()[-1]) for event in life.trace(attempt=attempt) if event.startswith("train step")]
-    return steps[0], steps[-1]
+def _kill(launcher: int, run_folder: Path, step: int, victims: int) -> Kill:
+    """Wait for a step, then kill ranks."""
+    end = time.monotonic() + DEADLINE_SECONDS
+    while True:
+        seen = jobs.losses(run_folder) if (run_folder / "metrics.jsonl").exists() else {}
+        ranks = psutil.Process(launcher).children()
+        if max(seen, default=0) >= step and len(ranks) == RANKS:
+            break
+        assert time.monotonic() < end, f"step {step} did not come"
+        time.sleep(0.02)
+    for rank in ranks[:victims]:
+        rank.send_signal(signal.SIGKILL)
+    psutil.wait_procs(ranks, timeout=DEADLINE_SECONDS)  # torchrun ends the other one
+    return Kill(at_step=max(seen), victims=victims, seen=seen)
 
 
 def plot(run: KilledRun, file: Path) -> None:
@@ -97,13 +106,14 @@ def plot(run: KilledRun, file: Path) -> None:
     above.plot(
         list(run.killed), list(run.killed.values()), color="tab:red", linewidth=1.2, label="killed -9 five times"
     )
-    for (_, killed_at), (again_from, _) in zip(run.spans[:-1], run.spans[1:], strict=True):
-        is_first = killed_at == run.spans[0][1]
-        above.axvline(killed_at, color="tab:red", linestyle="--", linewidth=0.8, label="kill" if is_first else None)
-        label = "trained again after it" if is_first else None
-        above.axvspan(again_from, killed_at, color="tab:blue", alpha=0.15, label=label)
+    for kill in run.kills:
+        is_first = kill is run.kills[0]
+        again_from = kill.at_step - kill.at_step % SAVE_EVERY
+        above.axvline(kill.at_step, color="tab:red", linestyle="--", linewidth=0.8, label="kill" if is_first else None)
+        label = "since the last save: trained again" if is_first else None
+        above.axvspan(again_from, kill.at_step, color="tab:blue", alpha=0.15, label=label)
     above.set_ylabel("loss (nats per token)")
-    above.set_title(f"ZeRO 1 on {RANKS} ranks, torchrun's agent with {KILLS} restarts, a save every {SAVE_EVERY} steps")
+    above.set_title(f"ZeRO 1 on {RANKS} ranks, torchrun --max-restarts={KILLS}, a save every {SAVE_EVERY} steps")
     above.legend(loc="upper right")
     differences = [run.killed[step] - run.undisturbed[step] for step in steps]
     below.plot(steps, differences, ".", color="tab:red", markersize=4)
@@ -121,7 +131,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         run = train_with_kills(Path(folder), seed=options.seed)
-    print("steps of each start:", ", ".join(f"{first} to {last}" for first, last in run.spans))
+    for kill in run.kills:
+        print(f"killed {kill.victims} of {RANKS} ranks at step {kill.at_step}")
     print("losses equal to the bit" if run.killed == run.undisturbed else "LOSSES DIFFER")
     if options.plot:
         plot(run, options.plot)

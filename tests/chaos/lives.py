@@ -105,7 +105,7 @@ class ForkServer:
     ) -> Life:
         """Start a life and wait until every process of it has ended; at the deadline, end it.
 
-        `restarts`: how often torch's elastic launcher may start the ranks again; None: no launcher.
+        `restarts`: how often a launcher as torchrun's may start all ranks again; None: no launcher.
         """
         life = Life(number=number, folder=folder)
         began = time.monotonic()
