@@ -21,7 +21,7 @@ from tests.launch import jobs
 from tests.launch.slurm_cluster import SlurmCluster, slurm_cluster
 from tests.launch.ssh_nodes import SshNodes, ssh_nodes
 
-pytestmark = [pytest.mark.launch, pytest.mark.ranks, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.launch, pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(900)]
 
 LONG = "overrides=[schedule.total_steps=100000, checkpoint.every_steps=100000]"
 DEADLINE_SECONDS = 600  # starts take a quarter minute on a quiet machine, and minutes on a crowded one
@@ -112,7 +112,6 @@ def test_deepspeed_over_ssh(
     check_run(tmp_path, expected_losses)
 
 
-@pytest.mark.slow
 def test_deepspeed_without_ssh(tiny_dataset: Path, expected_losses: dict[int, float], tmp_path: Path) -> None:
     run_on_both(tmp_path, tiny_dataset, "deepspeed", "deepspeed.ssh=false")
     check_run(tmp_path, expected_losses)
@@ -123,7 +122,6 @@ def test_accelerate_on_two_machines(tiny_dataset: Path, expected_losses: dict[in
     check_run(tmp_path, expected_losses)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank", "launcher"])
 def test_deepspeed_over_ssh_leaves_nothing_behind(
     victim: str, nodes: SshNodes, tiny_dataset: Path, tmp_path: Path
@@ -147,7 +145,6 @@ def test_deepspeed_over_ssh_leaves_nothing_behind(
         assert "Rank 1 of 2" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_torchrun_on_two_nodes_goes_on_after_a_killed_worker(tiny_dataset: Path, tmp_path: Path) -> None:
     steps = 400  # enough to be in the middle when the worker is killed, on a fast machine too
     changes = [f"port={jobs.free_port()}", "restarts=3"]
