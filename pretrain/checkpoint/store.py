@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 SPACE_FACTOR = 1.2  # free bytes asked for before a save, per byte to be written
 FILE_BYTES = 512 << 20  # values of one fragment file
 POLL_SECONDS = 0.02  # between looks at a save that is waited for
-CLOSE_SECONDS = 60.0  # for a save in flight when a run ends by an error
+CLOSE_SECONDS = 20.0  # for a save in flight when a run ends by an error; launchers kill after 30
 
 
 class CheckpointStore:
