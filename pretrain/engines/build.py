@@ -9,6 +9,7 @@ import torch
 
 from pretrain.config import RunConfig
 from pretrain.engines.base import Engine
+from pretrain.engines.slow_precision import warn_of_slow_precision
 from pretrain.models.build import ModelBuilder
 from pretrain.topology import Topology
 
@@ -34,6 +35,7 @@ def build_engine(
         accumulation: most micro-batches of a step, once a batch ramp is over.
         file_values: of the ds_configs file; empty where there is none.
     """
+    warn_of_slow_precision(config.precision, device)
     if name == "plain":
         from pretrain.engines.plain import PlainEngine
 
