@@ -43,7 +43,7 @@ class RankPool:
         self._ranks: list[_Rank] = []
         self._logs: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, function: Callable[..., Any], *arguments: Any, deadline_seconds: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, deadline_seconds: float = 280) -> list[Any]:
         """Call `function(*arguments)` on every rank, inside the process group; returns the results in rank order.
 
         `function` is module-level, arguments and results can be pickled.
@@ -128,7 +128,7 @@ def run_on_ranks(
     world_size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    deadline_seconds: float = 120,
+    deadline_seconds: float = 280,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Call `function(*arguments)` on `world_size` fresh processes; see RankPool.run."""

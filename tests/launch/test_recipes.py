@@ -93,7 +93,7 @@ def _train(
         folder = tmp_path_factory.mktemp("recipe")
         words = [f"{key}={value}" for key, value in overrides]
         words += [f"data.train={dataset}", f"data.validation.main={dataset}", f"run_folder={folder / 'run'}"]
-        run_on_ranks(ranks, train, str(recipe), words, deadline_seconds=240)
+        run_on_ranks(ranks, train, str(recipe), words, deadline_seconds=500)
         text = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8")
         trained[kind] = [json.loads(line) for line in text.splitlines()]
     return trained[kind]

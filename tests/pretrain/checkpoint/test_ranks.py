@@ -120,7 +120,7 @@ def test_an_engine_fault_of_one_rank_is_an_error_of_all(tmp_path: Path, rank_poo
 def test_retention_is_agreed(tmp_path: Path, rank_pool: Pools) -> None:
     pool = rank_pool(2)
     for step in (1, 2, 3):
-        pool.run(save_shared, tmp_path, step, deadline_seconds=60)
+        pool.run(save_shared, tmp_path, step, deadline_seconds=280)
     pool.run(save_one_kept, tmp_path, 4)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", "step-00000004"]
 
