@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes the environment, then runs every check and test that this machine can run; people and CI use it alike.
 #
-#   bash tests/run.sh [--system] [--quick] [--slow] [-- PYTEST_ARGUMENT...]
+#   bash tests/run.sh [--system] [--quick] [--slow] [--again] [-- PYTEST_ARGUMENT...]
 #
 #   --system  first install the system packages that some tests need, with apt-get (asks for root)
 #   --quick   only what takes seconds: no process groups, command lines, launchers or faults
 #   --slow    also the tests marked slow
+#   --again   run what failed once more, by itself: tells a crowded machine from a fault
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck source=../launch/environment.sh
@@ -15,15 +16,17 @@ source launch/environment.sh
 SYSTEM_PACKAGES=(g++ openssh-client openssh-server pdsh munge slurm-wlm shellcheck chromium)
 
 wants_system=false
+wants_again=false
 selection='not slow'
 while [ $# -gt 0 ]; do
     case $1 in
     --system) wants_system=true ;;
     --quick) selection='not slow and not ranks and not end_to_end and not launch and not chaos' ;;
     --slow) selection='' ;;
+    --again) wants_again=true ;;
     --) shift && break ;;
     *)
-        sed -n '2,9s/^# \{0,1\}//p' "$0"
+        sed -n '2,10s/^# \{0,1\}//p' "$0"
         exit 64
         ;;
     esac
@@ -51,6 +54,14 @@ stage() { # stage NAME COMMAND...: run, remember, go on
     summary+=("$(printf '%-13s %-7s %5d s' "$name" "$result" $((SECONDS - began)))")
 }
 
+# shellcheck disable=SC2329 # called by stage
+run_tests() {
+    .venv/bin/python -m pytest -m "$selection" "$@" && return
+    $wants_again || return
+    say 'What failed, once more by itself'
+    .venv/bin/python -m pytest -m "$selection" --last-failed --last-failed-no-failures none "$@"
+}
+
 if $wants_system; then install_system_packages || exit 1; fi
 make_environment || exit 1
 
@@ -61,7 +72,7 @@ stage format .venv/bin/ruff format --check
 stage lint .venv/bin/ruff check
 stage types .venv/bin/mypy
 stage imports .venv/bin/lint-imports
-stage tests .venv/bin/python -m pytest -m "$selection" "$@"
+stage tests run_tests "$@"
 
 say 'Summary'
 printf '%s\n' "${summary[@]}"
