@@ -13,6 +13,7 @@ import torch
 
 from pretrain import distributed
 from pretrain import run as composition
+from pretrain.checkpoint.run_lock import hold_run_folder
 from pretrain.engines.base import StepResult
 from pretrain.models.batch import Batch
 from pretrain.run_plan import load_and_plan
@@ -36,7 +37,8 @@ def train(path: str, overrides: list[str], poisoned: Sequence[Sequence[int]], re
     composition._build_engine = build
     try:
         stop = StopRequest(distributed.any_rank)
-        return composition._train(config, plan, place, resume, stop, Phases()).step
+        with hold_run_folder(config.folder) as is_ours:
+            return composition._train(config, plan, place, resume, stop, Phases(), is_ours).step
     finally:
         composition._build_engine = original
 
