@@ -1,4 +1,4 @@
-"""Where alerts go besides the screen: the log, a webhook, tags of the MLflow run. Each event is told once.
+"""Where alerts go besides the screen: the log, a webhook. Each event is told once.
 
 A target that fails says so in the log and is tried again with the next alert; watching goes on.
 """
@@ -71,19 +71,5 @@ def to_webhook(url: str) -> Target:
         )
         with urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS):  # noqa: S310
             pass
-
-    return send
-
-
-def to_mlflow(uri: str | None, run_id: str) -> Target:
-    """Set the tag `athanor.alert` (the newest) and `athanor.alert.KIND` of an MLflow run."""
-
-    def send(run_name: str, alert: Alert) -> None:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracking_uri=uri)
-        text = f"step {alert.step}: {alert.kind}: {alert.text}"
-        client.set_tag(run_id, "athanor.alert", text)
-        client.set_tag(run_id, f"athanor.alert.{alert.kind.replace(' ', '_')}", text)
 
     return send

@@ -16,8 +16,8 @@ import numpy as np
 from pretrain.errors import ConfigError, Problem
 from pretrain.monitoring.alerts import find_alerts, spikes
 from pretrain.monitoring.run_history import RunHistory
-from pretrain.monitoring.terminal_view import duration
 from pretrain.monitoring.text_chart import thin
+from pretrain.reporting.console import duration
 from pretrain.training.goodput import KINDS
 
 POINTS = 3_000  # of a curve

@@ -12,6 +12,7 @@ from rich.text import Text
 from pretrain.monitoring.alerts import Alert
 from pretrain.monitoring.run_history import RunHistory, State
 from pretrain.monitoring.text_chart import draw_chart, thin
+from pretrain.reporting.console import duration
 
 STATE_STYLES: dict[State, str] = {
     "waiting": "yellow",
@@ -97,15 +98,3 @@ def _alerts(alerts: Sequence[Alert]) -> Text:
     if len(alerts) > SHOWN_ALERTS:
         lines.append(f"and {len(alerts) - SHOWN_ALERTS} more")
     return Text("\n".join(lines), "bold red")
-
-
-def duration(seconds: float) -> str:
-    """As people say it: 3d04h, 2h05m, 4m10s, 7s."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d{hour:02}h"
-    if hours:
-        return f"{hour}h{minute:02}m"
-    return f"{minute}m{second:02}s" if minutes else f"{second}s"

@@ -54,7 +54,7 @@ class ConsoleDestination:
             _append(line, "mem", f"{values['memory_bytes'] / 2**30:.1f} GiB")
         left = self._seconds_left(record)
         if left is not None:
-            _append(line, "ETA", _duration(left))
+            _append(line, "ETA", duration(left))
         if values.get("skipped"):
             _append(line, "skipped", f"{values['skipped']:.0f}", style="bold red")
         return line
@@ -106,7 +106,8 @@ def _short(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As people say it: 3d04h, 2h05m, 4m10s."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
