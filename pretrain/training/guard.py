@@ -1,6 +1,6 @@
 """What happens when a step goes wrong: skipped steps and spikes are told, counted, and end in a rollback or the run.
 
-Never makes the host wait before a line is due, and changes no weight: skipping is the engine's, going back run.py's.
+Never makes the host wait before a line is due, changes no weight (engines skip), goes not back (run_training.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Going back to the last good checkpoint inside the running processes, and leaving out the rows that led astray.
 
 Owns when that is allowed, to which checkpoint, and which rows; the engine, the rows and the reports are put there by
-run.py.
+run_training.py.
 """
 
 from __future__ import annotations

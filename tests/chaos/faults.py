@@ -128,11 +128,11 @@ class _Watch:
 
 def _watch_parts(watch: _Watch) -> None:
     """Note the parts of a start, and each step and evaluation of the engine that it makes."""
-    from pretrain import distributed, run
+    from pretrain import distributed, run_parts
 
-    for module, name in ((distributed, "start"), (run, "open_datasets"), (run, "choose_checkpoint")):
+    for module, name in ((distributed, "start"), (run_parts, "open_datasets"), (run_parts, "choose_checkpoint")):
         setattr(module, name, _noted(watch, name.replace("_", " "), getattr(module, name)))
-    build = run._build_engine
+    build = run_parts._build_engine
 
     def build_watched(*arguments: Any) -> Any:
         watch.note("build engine")
@@ -142,7 +142,7 @@ def _watch_parts(watch: _Watch) -> None:
         engine.train_step = _watched_step(watch, engine.train_step)
         return engine
 
-    run._build_engine = build_watched
+    run_parts._build_engine = build_watched
 
 
 def _watched_step(watch: _Watch, train_step: Any) -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from pretrain import distributed
-from pretrain import run as composition
+from pretrain import distributed, run_parts
 from pretrain.checkpoint.run_lock import hold_run_folder
 from pretrain.engines.base import StepResult
 from pretrain.models.batch import Batch
 from pretrain.run_plan import load_and_plan
+from pretrain.run_training import train_parts
 from pretrain.training.phases import Phases
 from pretrain.training.stopping import StopRequest
 from tests.pretrain.engines.cases import poison_next_forward
@@ -24,7 +24,7 @@ from tests.pretrain.engines.cases import poison_next_forward
 
 def train(path: str, overrides: list[str], poisoned: Sequence[Sequence[int]], resume: str = "auto") -> int:
     """Train a run on the ranks of this group; rows that begin like a poisoned one are poison. Returns the last step."""
-    original = composition._build_engine
+    original = run_parts._build_engine
     place = distributed.read_place()
     config, plan = load_and_plan(Path(path), overrides, place.world_size)
     (config.folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -34,13 +34,16 @@ def train(path: str, overrides: list[str], poisoned: Sequence[Sequence[int]], re
         _poison(engine, {tuple(row) for row in poisoned})
         return engine
 
-    composition._build_engine = build
+    run_parts._build_engine = build
     try:
         stop = StopRequest(distributed.any_rank)
         with hold_run_folder(config.folder) as is_ours:
-            return composition._train(config, plan, place, resume, stop, Phases(), is_ours).step
+            parts, checkpoint = run_parts.open_parts(
+                config, plan, place, resume, stop=stop, phases=Phases(), is_ours=is_ours
+            )
+            return train_parts(parts, checkpoint).step
     finally:
-        composition._build_engine = original
+        run_parts._build_engine = original
 
 
 def _poison(engine: Any, poisoned: set[tuple[int, ...]]) -> None:
