@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from launch.job_sections import (
@@ -23,14 +22,13 @@ from launch.job_sections import (
     SlurmSection,
 )
 from launch.travelling import environment_problems
+from pretrain.config_changes import apply_change, without_empty_sections
+from pretrain.config_files import read_extended
 from pretrain.config_problems import problems_of
 from pretrain.config_section import Section
 from pretrain.doctor.hosts import Host, host_name_problem, read_hosts
+from pretrain.durations import duration_problem, parse_duration
 from pretrain.errors import ConfigError, Problem
-from pretrain.yaml_text import read_yaml
-
-_CLOCK = re.compile(r"(?:([0-9]+)-)?([0-9]{1,3}):([0-9]{2})(?::([0-9]{2}))?")
-_SPANS = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
 
 
 class Job(Section):
@@ -76,7 +74,7 @@ class Job(Section):
     @property
     def time_limit_seconds(self) -> int | None:
         """The time limit; null where there is none."""
-        return None if self.time_limit is None else read_seconds(self.time_limit)
+        return None if self.time_limit is None else parse_duration(self.time_limit)
 
     def named_hosts(self) -> list[Host]:
         """The nodes by name; empty where only a scheduler knows them."""
@@ -91,53 +89,16 @@ def read_job(path: Path | None, changes: Sequence[str] = ()) -> Job:
     Raises:
         ConfigError: with every problem of the file and the changes.
     """
-    values = _read_file(path) if path else {}
-    problems = [problem for change in changes if (problem := _apply(values, change))]
+    values = read_extended(path) if path else {}
+    problems = [problem for change in changes if (problem := apply_change(values, change, Job, example="nodes=4"))]
     try:
-        job = Job.model_validate(values)
+        job = Job.model_validate(without_empty_sections(values, Job))
     except ValidationError as error:
         raise ConfigError(*problems, *problems_of(error, Job), *_rules(error)) from error
     problems += [*_problems(job), *environment_problems(job.environment)]
     if problems:
         raise ConfigError(*problems)
     return job
-
-
-def read_seconds(text: str) -> int | None:
-    """Seconds of `1-02:03:04`, `02:03:04`, `02:03` (hours and minutes) or `1d2h3m4s`; None where it is neither."""
-    match = _CLOCK.fullmatch(text) or (_SPANS.fullmatch(text) if text else None)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(Problem(f"{path}: {error}", "a readable YAML file", "check the path and the file")) from error
-    if not isinstance(values, dict):
-        raise ConfigError(Problem(f"{path} holds no keys", "a job description", "see launch/README.md"))
-    sections = {name for name, field in Job.model_fields.items() if isinstance(field.default, Section)}
-    return {key: {} if value is None and key in sections else value for key, value in values.items()}
-
-
-def _apply(values: dict[str, Any], change: str) -> Problem | None:
-    place, separator, raw = change.partition("=")
-    *sections, key = place.split(".")
-    if not separator or not key:
-        return Problem(f"the change {change!r}", "key=value or section.key=value", "write it so")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
-            return Problem(f"the change {change!r}: {section} is a value", "a section", "name a section's key")
-        values = inner
-    try:
-        values[key] = read_yaml(raw)
-    except yaml.YAMLError as error:
-        return Problem(f"the change {change!r}: {error}", "a YAML value", "put quotes around it")
-    return None
 
 
 def _rules(error: ValidationError) -> Iterator[Problem]:
@@ -150,7 +111,7 @@ def _rules(error: ValidationError) -> Iterator[Problem]:
 def _problems(job: Job) -> Iterator[Problem]:
     """What keys that are each right do not allow together."""
     if job.time_limit is not None and not job.time_limit_seconds:
-        yield Problem(f"time_limit is {job.time_limit!r}", "such as 23:50:00, 1-00:00:00 or 23h50m", "change it")
+        yield duration_problem("time_limit", job.time_limit)
     elif job.time_limit_seconds is not None and job.time_limit_seconds <= job.grace_seconds:
         found = f"time_limit is {job.time_limit}, grace_seconds {job.grace_seconds:g}"
         yield Problem(found, "more time than the last save may take", "raise time_limit, or lower grace_seconds")

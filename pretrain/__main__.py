@@ -126,9 +126,9 @@ def train(
     Under torchrun, deepspeed, accelerate launch or srun this is one rank of the job. Ctrl-C, SIGTERM, SIGUSR1 and a
     file named `stop` in the run folder save and stop; a second signal stops at once.
     """
-    from pretrain.training.time_limit import parse_duration
+    from pretrain.durations import require_duration
 
-    limit_seconds = None if time_limit is None else parse_duration(time_limit)
+    limit_seconds = None if time_limit is None else require_duration("--time-limit", time_limit)
     from pretrain import run as composition
 
     raise typer.Exit(composition.train(run, overrides or [], resume, limit_seconds))

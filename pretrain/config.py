@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BeforeValidator,
     ConfigDict,
@@ -20,12 +19,15 @@ from pydantic import (
     field_validator,
 )
 
+from pretrain.config_changes import apply_change, sections_of, without_empty_sections
 from pretrain.config_data import DataSection
-from pretrain.config_files import read_run_file
-from pretrain.config_problems import accepts_text_only, problems_of, without_faults
+from pretrain.config_files import read_extended
+from pretrain.config_problems import problems_of, without_faults
 from pretrain.config_section import Section
 from pretrain.errors import ConfigError, Problem
-from pretrain.yaml_text import read_yaml, write_yaml
+from pretrain.yaml_text import write_yaml
+
+EXAMPLE = "optimizer.learning_rate=3e-4"  # of an override
 
 Precision = Literal["fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "plain", "zero", "pipeline", "accelerate"]
@@ -293,9 +295,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: with every problem of the file and the overrides, spelling suggestions included.
     """
-    values = read_run_file(Path(path))
-    problems = [problem for override in overrides if (problem := _apply_override(values, override))]
-    return _validate(_without_empty_sections(values), problems)
+    values = read_extended(Path(path))
+    problems = [
+        problem for override in overrides if (problem := apply_change(values, override, RunConfig, example=EXAMPLE))
+    ]
+    return _validate(without_empty_sections(values, RunConfig), problems)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -304,7 +308,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def _validate(values: dict[str, Any], problems: list[Problem]) -> RunConfig:
-    for name, section in _sections().items():
+    for name, section in sections_of(RunConfig).items():
         if isinstance(values.get(name), dict):
             problems += section.contradictions(values[name])
     try:
@@ -317,40 +321,3 @@ def _validate(values: dict[str, Any], problems: list[Problem]) -> RunConfig:
     if problems:
         raise ConfigError(*problems)
     return config
-
-
-def _sections() -> dict[str, type[Section]]:
-    kinds = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
-
-
-def _without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
-    """A section's name with nothing below it is a section without keys, not a null."""
-    sections = _sections()
-    return {key: {} if value is None and key in sections else value for key, value in values.items()}
-
-
-def _apply_override(values: dict[str, Any], override: str) -> Problem | None:
-    path, separator, raw = override.partition("=")
-    *sections, key = path.split(".")
-    if not separator or not all((*sections, key)):
-        return Problem(
-            f"override {override!r}", "section.key=value", "write, for example, optimizer.learning_rate=3e-4"
-        )
-    target = values
-    for depth, section in enumerate(sections, 1):
-        if target.get(section) is None:
-            target[section] = {}
-        inner = target[section]
-        if not isinstance(inner, dict):
-            place = ".".join(sections[:depth])
-            return Problem(f"override {override!r}: {place} has no keys of its own", place, f"write {place}=value")
-        target = inner
-    try:
-        value = read_yaml(raw)
-    except yaml.YAMLError as error:
-        return Problem(f"override {override!r}: {error}", "a YAML value", "quote the value")
-    # the shell takes the quotes away, so a name of digits can only be told by what the key wants
-    is_text = accepts_text_only(RunConfig, [*sections, key]) and isinstance(value, int | float)
-    target[key] = raw if is_text else value
-    return None

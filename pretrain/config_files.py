@@ -1,6 +1,6 @@
-"""Reads a run YAML together with the file that it `extends`: what several runs share stands in one place.
+"""Reads a YAML of sections together with the file that it `extends`: what several of them share stands in one place.
 
-Merges plain values; what keys there are and what they mean is config.py's.
+Merges plain values; what keys there are and what they mean is config.py's and launch/job.py's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pretrain.yaml_text import read_yaml
 EXTENDS = "extends"  # a key beside the sections: a file, relative to the one that names it
 
 
-def read_run_file(path: Path) -> dict[str, Any]:
-    """Return the values of a run YAML laid over those of the file it extends, and so on.
+def read_extended(path: Path) -> dict[str, Any]:
+    """Return the values of a file laid over those of the file it extends, and so on.
 
     Sections are merged key by key; any other value, lists included, replaces the one below it.
 
@@ -47,7 +47,11 @@ def _read_one(path: Path) -> dict[str, Any]:
         raise ConfigError(Problem(f"{path}: {error}", "a readable YAML file", "check the path and the file")) from error
     if not isinstance(values, dict):
         kind = "nothing" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(Problem(f"{path} holds {kind}", "a mapping of sections", "see launch/recipes"))
+        raise ConfigError(
+            Problem(
+                f"{path} holds {kind}", "a mapping of sections", "launch/recipes and launch/README.md hold examples"
+            )
+        )
     return values
 
 

@@ -6,19 +6,15 @@ Pure text and arithmetic but for one call of squeue; stopping in time is stoppin
 from __future__ import annotations
 
 import logging
-import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pretrain.errors import ConfigError, Problem
+from pretrain.durations import parse_slurm_time_left
 
 logger = logging.getLogger(__name__)
 
-UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
-SLURM_TIME_LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 SQUEUE_SECONDS = 20.0  # a scheduler that does not answer by then is not waited for
 
 
@@ -35,27 +31,6 @@ class TimeLimit:
         if left > reserved_seconds:
             return None
         return f"{self.source} ends in {max(0.0, left):.0f} s, {reserved_seconds:.0f} s are kept for the last save"
-
-
-def parse_duration(text: str) -> int:
-    """Seconds of `23h50m`, `2d`, `90s`.
-
-    Raises:
-        ConfigError: for any other text.
-    """
-    found = DURATION.fullmatch(text.strip())
-    seconds = (
-        sum(int(part or 0) * unit for part, unit in zip(found.groups(), UNIT_SECONDS.values(), strict=True))
-        if found
-        else 0
-    )
-    if seconds == 0:
-        raise ConfigError(
-            Problem(
-                f"--time-limit {text!r}", "days, hours, minutes, seconds in this order", "write, for example, 23h50m"
-            )
-        )
-    return seconds
 
 
 def find_time_limits(
@@ -97,11 +72,3 @@ def _ask_squeue(job: str) -> int | None:
         logger.warning("the end of Slurm job %s could not be asked for: %s", job, error)
         return None
     return parse_slurm_time_left(done.stdout)
-
-
-def parse_slurm_time_left(text: str) -> int | None:
-    """Seconds of squeue's `[days-][hours:]minutes:seconds`; None for UNLIMITED and the like."""
-    found = SLURM_TIME_LEFT.fullmatch(text.strip())
-    if found is None:
-        return None
-    return sum(int(part or 0) * unit for part, unit in zip(found.groups(), UNIT_SECONDS.values(), strict=True))

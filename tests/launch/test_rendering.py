@@ -17,7 +17,7 @@ import yaml
 
 from launch.backends.build import BACKENDS, render
 from launch.backends.place import Place
-from launch.job import Job, read_job, read_seconds
+from launch.job import Job, read_job
 from launch.rendering import Rendering
 from launch.travelling import left_behind, travelling
 from pretrain.errors import ConfigError
@@ -178,7 +178,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "misspelt key": (["gpus_per_nod=4"], "did you mean gpus_per_node?"),
     "misspelt section key": (["slurm.partitoin=x"], "did you mean slurm.partition?"),
-    "time": (["time_limit=soon"], "such as 23:50:00"),
+    "time": (["time_limit=soon"], "23:50:00"),
     "image that is an option": (["image=--privileged"], "image is '--privileged'"),
     "several settings of ZeRO": (["accelerate.zero_stage=1", "accelerate.deepspeed_config=a.json"], "both given"),
     "partition with an option in it": (["slurm.partition='a --x'"], "slurm.partition is 'a --x'"),
@@ -197,13 +197,6 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as refused:
         read_job(None, ["name=UPPER", "nodes=0", "unknown=1"])
     assert len(refused.value.problems) == 4  # run is not given either
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("23:50:00", 85800), ("1-00:00:00", 86400), ("2h30m", 9000), ("45s", 45), ("x", None)]
-)
-def test_time_limits_as_people_write_them(text: str, seconds: int | None) -> None:
-    assert read_seconds(text) == seconds
 
 
 def test_a_secret_that_is_allowed_stays_on_this_machine() -> None:

@@ -1,4 +1,4 @@
-"""Time limits: their texts, squeue's answers, and a wish to stop while there is still time."""
+"""Time limits: squeue's answers, and a wish to stop while there is still time."""
 
 from __future__ import annotations
 
@@ -10,30 +10,9 @@ import pytest
 from pretrain.errors import ConfigError
 from pretrain.training.phases import Phases
 from pretrain.training.stopping import refuse_stop_file, stop_file_wish, time_limit_wish
-from pretrain.training.time_limit import TimeLimit, find_time_limits, parse_duration, parse_slurm_time_left
+from pretrain.training.time_limit import TimeLimit, find_time_limits
 
 FAR = 4_000_000_000.0  # seconds since 1970
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("23h50m", 85800), ("2d", 172800), ("90s", 90), ("1d1h1m1s", 90061), (" 5m ", 300)]
-)
-def test_durations(text: str, seconds: int) -> None:
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0s", "5", "1.5h", "10m2h", "-5m", "soon"])
-def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="23h50m"):
-        parse_duration(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("1-02:03:04\n", 93784), ("2:03:04", 7384), ("03:04", 184), ("UNLIMITED", None), ("INVALID", None), ("", None)],
-)
-def test_what_squeue_says(text: str, seconds: int | None) -> None:
-    assert parse_slurm_time_left(text) == seconds
 
 
 def fake_squeue(folder: Path, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
