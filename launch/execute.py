@@ -1,6 +1,6 @@
-"""Runs a rendering: writes its files, starts its commands under supervision, starts again what a new start may mend.
+"""Runs a rendering: writes its files, starts its commands under supervision, and says how they ended.
 
-Owns the loop over starts; one start is supervision.py's.
+When a job is started again is restarts.py's; one start is supervision.py's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from launch.outcome import judge
 from launch.rank import RESTART
 from launch.rank_status import forget
 from launch.rendering import RenderedFile, Rendering
+from launch.restarts import run_until_done
 from launch.supervision import Supervision
-from pretrain.errors import ENDINGS, LaunchError, Problem
+from pretrain.errors import LaunchError, Problem
+
+BACK_OFF_SECONDS = 1.0  # before the first restart; then doubled
 
 
 def execute(job: Job, rendering: Rendering) -> int:
@@ -66,31 +69,37 @@ def _hand_in(rendering: Rendering) -> int:
 
 
 def _supervise(job: Job, rendering: Rendering) -> int:
+    status = rendering.status
     assert rendering.launcher is not None
-    assert rendering.status is not None
-    restarts_are_ours = all("--max-restarts" not in command.words for command in rendering.commands)
-    for restart in range(job.restarts + 1):
-        commands = [
-            (command.words, {**rendering.environment, **command.environment, RESTART: str(restart)})
-            for command in rendering.commands
-        ]
-        supervision = Supervision(
-            status=rendering.status,
+    assert status is not None
+    last: Supervision | None = None
+
+    def start(restart: int) -> int:
+        nonlocal last
+        if restart:
+            forget(status, rendering.own_ranks)
+        last = Supervision(
+            status=status,
             grace_seconds=job.grace_seconds,
-            launcher=rendering.launcher,
+            launcher=rendering.launcher or "agent",
             time_limit_seconds=None if job.time_limit_seconds is None else job.time_limit_seconds - job.grace_seconds,
         )
-        outcome = judge(rendering.status, supervision.run(commands))
+        outcome = judge(status, last.run(_commands(rendering, restart)))
         if outcome.paragraph:
             print(f"\n{outcome.paragraph}", file=sys.stderr, flush=True)
-        is_last = restart == job.restarts or supervision.was_told_to_stop or not restarts_are_ours
-        if is_last or not start_helps(outcome.code):
-            return outcome.code
-        print(f"Starting again: {restart + 1} of {job.restarts}.", file=sys.stderr, flush=True)
-        forget(rendering.status, rendering.own_ranks)
-    raise AssertionError("the last start returns")
+        return outcome.code
+
+    restarts_are_ours = all("--max-restarts" not in command.words for command in rendering.commands)
+    return run_until_done(
+        start,
+        most_restarts=job.restarts if restarts_are_ours else 0,
+        back_off_seconds=BACK_OFF_SECONDS,
+        is_asked_to_stop=lambda: last is not None and last.was_told_to_stop,
+    )
 
 
-def start_helps(code: int) -> bool:
-    """Whether the same job, started again, may end better; deaths by a signal have no entry of their own."""
-    return next((ending.restart_helps for known, ending in ENDINGS.items() if known == code), True)
+def _commands(rendering: Rendering, restart: int) -> list[tuple[tuple[str, ...], dict[str, str]]]:
+    return [
+        (command.words, {**rendering.environment, **command.environment, RESTART: str(restart)})
+        for command in rendering.commands
+    ]

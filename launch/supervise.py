@@ -17,14 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch.execute import start_helps
 from launch.processes import adopt_orphans, descendants, kill_descendants
+from launch.restarts import STOP_SIGNALS, run_until_done
 from pretrain.errors import ExitCode
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LOOK_EVERY_SECONDS = 0.2
-BACK_OFF_FACTOR = 2.0
-LONGEST_BACK_OFF_SECONDS = 300.0
 
 
 class Supervisor:
@@ -53,20 +50,12 @@ class Supervisor:
         adopt_orphans()
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        wait = self._back_off_seconds
-        for restart in range(self._most_restarts + 1):
-            code = self._run_once()
-            if self._is_asked() or restart == self._most_restarts or not start_helps(code):
-                return code
-            print(f"exit code {code}: starting again in {wait:.0f} s ({restart + 1} of {self._most_restarts})",
-                  file=sys.stderr, flush=True)  # fmt: skip
-            end = time.monotonic() + wait
-            while time.monotonic() < end and not self._is_asked():
-                time.sleep(LOOK_EVERY_SECONDS)
-            if self._is_asked():
-                return ExitCode.PREEMPTED
-            wait = min(LONGEST_BACK_OFF_SECONDS, wait * BACK_OFF_FACTOR)
-        raise AssertionError("the last start returns")
+        return run_until_done(
+            lambda _: self._run_once(),
+            most_restarts=self._most_restarts,
+            back_off_seconds=self._back_off_seconds,
+            is_asked_to_stop=self._is_asked,
+        )
 
     def _is_asked(self) -> bool:
         return self._asked is not None  # a signal may come at any time

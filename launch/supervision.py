@@ -20,11 +20,11 @@ from launch.processes import adopt_orphans, descendants, die_with_parent, identi
 from launch.rank import FAILURE_GRACE_SECONDS, LAUNCHER, ORDERED_ENDS
 from launch.rank_status import STOP, read_statuses
 from launch.rendering import LauncherKind
+from launch.restarts import STOP_SIGNALS
 
 SAME_WISH_SECONDS = 3.0  # a terminal's Ctrl-C arrives several times; later than this, it is impatience
 SECONDS_FOR_GUARDIANS = 2.0  # after the grace, for guardians to kill and to say so
 A_RANK_FAILED = "a rank failed"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Supervision:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ class SlurmCluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
 
     def ask(self, *words: str) -> str:
@@ -47,32 +49,38 @@ class SlurmCluster:
         return "\n".join(f"--- {path.name}\n{path.read_text(encoding='utf-8')[-1500:]}" for path in written)
 
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float) -> None:
-        """Wait, and on failure show what the controller wrote."""
+        """Wait, and on failure, or when a daemon has ended, show what the daemons wrote."""
         end = time.monotonic() + seconds
         while not condition():
+            assert all(daemon.poll() is None for daemon in self.daemons), self.said()
             assert time.monotonic() < end, f"{what}\n{self.said()}"
             time.sleep(0.2)
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
+def slurm_cluster() -> Iterator[SlurmCluster]:
     """Start the daemons; cancel all jobs and stop the daemons at the end."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)} (tests/run.sh --system installs them)")
     if os.getuid() != 0:
         pytest.skip("these daemons are started by root")
-    folder.chmod(0o755)
-    (folder / "run").mkdir(mode=0o755)  # munged refuses a socket in a folder that others cannot enter
+    # not pytest's folder: munged refuses a socket that others cannot reach, up to the root
+    with tempfile.TemporaryDirectory(prefix="athanor-slurm-") as name:
+        Path(name).chmod(0o755)
+        yield from _run_daemons(Path(name))
+
+
+def _run_daemons(folder: Path) -> Iterator[SlurmCluster]:
+    (folder / "run").mkdir()
     (folder / "run").chmod(0o755)
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     (folder / "slurm.conf").write_text(_configuration(folder), encoding="utf-8")
     cluster = SlurmCluster(folder)
-    daemons: list[subprocess.Popen[bytes]] = []
     try:
         for command in _daemons(folder):
-            daemons.append(_start(command, cluster))
+            cluster.daemons.append(_start(command, cluster))
             if command[0] == "munged":
                 cluster.wait_for((folder / "run/munge.sock").exists, "munged does not start", DEADLINE_SECONDS)
         ready = lambda: cluster.ask("sinfo", "-h", "-t", "idle", "-o", "%D", "-p", "main").strip() == "2"  # noqa: E731
@@ -81,7 +89,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     finally:
         _without_error(lambda: cluster.ask("scancel", "--quiet", "--user", "root"))
         time.sleep(0.5)
-        for daemon in reversed(daemons):
+        for daemon in reversed(cluster.daemons):
             daemon.send_signal(signal.SIGTERM)
             try:
                 daemon.wait(15)

@@ -36,8 +36,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshNodes]:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as found:
+def slurm() -> Iterator[SlurmCluster]:
+    with slurm_cluster() as found:
         yield found
 
 

@@ -165,7 +165,7 @@ def small_job(folder: Path, *words: str, restarts: int = 2, limit: str = "1h") -
 def test_a_failure_that_a_new_start_mends_is_mended(tmp_path: Path) -> None:
     command = small_job(tmp_path, f"fail-once={tmp_path}/failed")
     written = jobs.run(command, log=tmp_path / "log", deadline_seconds=DEADLINE_SECONDS)
-    assert "Starting again: 1 of 2." in written
+    assert "starting again in 1 s (1 of 2)" in written
     assert {status.attempt for status in by_rank(tmp_path).values()} <= {"1-0", "2-0"}
 
 
@@ -174,6 +174,21 @@ def test_only_what_a_new_start_may_mend_is_started_again(code: int, starts: int,
     command = small_job(tmp_path, f"fail-if=0:{code}")
     written = jobs.run(command, log=tmp_path / "log", expected=code, deadline_seconds=DEADLINE_SECONDS)
     assert written.count("failed first") == starts
+
+
+def test_who_was_told_to_stop_is_not_started_again(tmp_path: Path) -> None:
+    """By a file or a signal of its own, which the launcher does not see: the next start would meet it again."""
+    written = jobs.run(small_job(tmp_path, "fail-if=0:75"), log=tmp_path / "log", expected=75)
+    assert "starting again" not in written
+
+
+def test_a_signal_between_two_starts_ends_the_job(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    process = started(small_job(tmp_path, "fail-if=0:7", restarts=9))
+    wait_for(lambda: "starting again in 2 s" in (tmp_path / "log").read_text(encoding="utf-8"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(DEADLINE_SECONDS) == 75
 
 
 def test_the_time_limit_makes_ranks_save(tmp_path: Path) -> None:
