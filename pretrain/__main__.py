@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from pretrain.inference.command_line import generate
 from pretrain.planning.command_line import plan
 
 # Newer typer carries a copy of click, older ones import it: this is the class of either.
@@ -41,6 +42,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or 
 checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(plan)
+app.command()(generate)
 
 
 @app.command()
@@ -189,25 +191,6 @@ def evaluate(
 
 
 @app.command()
-def generate(
-    source: Source,
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to continue; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(max=1.0, help="Sample from the likeliest tokens up to this.")] = 0.95,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: from all.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds write equal text.")] = 0,
-) -> None:
-    """Continue prompts."""
-    from pretrain import run as composition
-    from pretrain.inference.generate import Sampling
-
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    texts = composition.generate(source, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
-    typer.echo("\n\n".join(start + text for start, text in zip(prompt, texts, strict=True)))
-
-
-@app.command()
 def export(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
@@ -220,6 +203,43 @@ def export(
     from pretrain.export import export_source
 
     print(export_source(source, output, dtype=dtype))
+
+
+@app.command()
+def serve(
+    source: Source,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than 127.0.0.1 need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: its folder's.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="Holds the token; or set PRETRAIN_SERVE_TOKEN.")] = None,
+    running: Annotated[int, typer.Option(min=1, help="Answers computed together.")] = 32,
+    waiting: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 2048,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of one request.")] = 1 << 20,
+    request_seconds: Annotated[float, typer.Option(min=0.1, help="For a whole answer.")] = 300.0,
+    grace_seconds: Annotated[float, typer.Option(min=0.0, help="To finish answers once told to stop.")] = 30.0,
+    cache_gib: Annotated[float, typer.Option(min=0.001, help="Memory for the running answers' keys, values.")] = 4.0,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API.
+
+    For looking at it; use vLLM with an exported folder for production. SIGTERM and Ctrl-C finish what runs.
+    """
+    from pretrain.inference.serving.address import read_token
+    from pretrain.inference.serving.command import serve_until_told
+    from pretrain.inference.serving.limits import Limits
+
+    token = read_token(os.environ.get("PRETRAIN_SERVE_TOKEN"), token_file)
+    limits = Limits(
+        running=running,
+        waiting=waiting,
+        new_tokens=max_new_tokens,
+        body_bytes=max_body_bytes,
+        request_seconds=request_seconds,
+        grace_seconds=grace_seconds,
+        cache_gib=cache_gib,
+    )
+    code = serve_until_told(source, host=host, port=port, name=name, token=token, limits=limits)
+    raise typer.Exit(code)
 
 
 @checkpoint_app.command("list")

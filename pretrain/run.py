@@ -17,7 +17,6 @@ from pretrain.checkpoint.run_lock import hold_run_folder
 from pretrain.config import RunConfig
 from pretrain.distributed import Place
 from pretrain.inference.evaluate import Measured, evaluate_source
-from pretrain.inference.generate import Sampling, generate_from
 from pretrain.inference.load import is_hugging_face_folder
 from pretrain.logs import start_logging
 from pretrain.reporting.wandb_destination import require_wandb
@@ -97,9 +96,3 @@ def _evaluate(
     cache = run["run_config"]["data"].get("cache") if run else None
     measured = evaluate_source(source, datasets, device=device, sequence_length=length, max_rows=max_rows, cache=cache)
     return list(measured)
-
-
-def generate(source: Path, prompts: list[str], *, max_new_tokens: int, sampling: Sampling) -> list[str]:
-    """The text that a model writes after each prompt."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return generate_from(source, prompts, max_new_tokens=max_new_tokens, sampling=sampling, device=device)

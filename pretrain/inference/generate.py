@@ -1,43 +1,44 @@
-"""Continues prompts with a model, through transformers' generation and its key-value cache.
+"""Continues prompts with a model: several at once, each as if it were alone.
 
-Owns the batch of prompts and the sampling settings; loading is load.py's, printing the command line's.
+Owns the offline order of work, where finished rows make room for waiting prompts; loading is load.py's, printing the
+command line's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
-from pretrain.errors import ConfigError, Problem
+from pretrain.errors import DataError, Problem
 from pretrain.inference.load import LoadedModel, load_source
+from pretrain.inference.requests import Finish, Piece, Request, require_answerable
+from pretrain.inference.running_batch import RunningBatch
+from pretrain.inference.sampling import Sampling
+
+ROWS_AT_A_TIME = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
+class Answer:
+    """A whole continuation, without its prompt."""
 
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_p: float = 0.95  # the likeliest tokens whose probabilities reach this; 1: all
-    top_k: int = 0  # the likeliest so many tokens; 0: all
-    seed: int = 0
+    text: str
+    tokens: int  # written, the end token included
+    finish: Finish
 
-    def __post_init__(self) -> None:
-        problems = [
-            Problem(f"{name} {value}", allowed, f"change --{name.replace('_', '-')}")
-            for name, value, allowed, is_legal in (
-                ("temperature", self.temperature, "0 or more", self.temperature >= 0),
-                ("top_p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1),
-                ("top_k", self.top_k, "0 or more", self.top_k >= 0),
-                ("seed", self.seed, "0 or more", self.seed >= 0),
-            )
-            if not is_legal
-        ]
-        if problems:
-            raise ConfigError(*problems)
+
+def load_for_generation(
+    source: Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> LoadedModel:
+    """Load a model; by default in bf16 on the GPU where there is one, else in fp32."""
+    has_gpu = torch.cuda.is_available()
+    device = device or ("cuda" if has_gpu else "cpu")
+    dtype = dtype or (torch.bfloat16 if has_gpu else torch.float32)
+    return load_source(source, dtype=dtype, device=device)
 
 
 def generate_from(
@@ -49,81 +50,74 @@ def generate_from(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> list[str]:
-    """Load a model and continue each prompt; by default in bf16 on the GPU where there is one, else in fp32."""
-    has_gpu = torch.cuda.is_available()
-    device = device or ("cuda" if has_gpu else "cpu")
-    dtype = dtype or (torch.bfloat16 if has_gpu else torch.float32)
-    model = load_source(source, dtype=dtype, device=device)
+    """Load a model and continue each prompt."""
+    model = load_for_generation(source, dtype=dtype, device=device)
     return continue_prompts(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
-@torch.no_grad()
 def continue_prompts(
-    model: LoadedModel, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling
+    model: LoadedModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stops: Sequence[str] = (),
+    rows_at_a_time: int = ROWS_AT_A_TIME,
 ) -> list[str]:
-    """The text that the model writes after each prompt, without the prompt; EOS ends a text early.
-
-    Prompts are one batch, padded on the left: with temperature 0 each text is what the prompt alone would give.
+    """The text that the model writes after each prompt, without the prompt; EOS or a stop string ends a text early.
 
     Raises:
         ConfigError: an empty prompt, or more tokens than the model has positions for.
     """
-    ids = [model.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    _refuse_bad_lengths(prompts, ids, max_new_tokens, model.network.config)
-    eos = model.tokenizer.eos_token_id
-    padding = eos if eos is not None else 0  # masked, so any token will do
-    longest = max(map(len, ids))
-    rows = torch.tensor([[padding] * (longest - len(row)) + row for row in ids], device=model.network.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=model.network.device)
-    choice: dict[str, float] = {"do_sample": False}
-    if sampling.temperature > 0:
-        # top_k is given even where it is off: transformers' own default would cut at 50
-        choice = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-        }
-    devices = [model.network.device] if model.network.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(sampling.seed)
-        written = model.network.generate(
-            input_ids=rows,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos,
-            pad_token_id=padding,
-            use_cache=True,
-            **choice,
-        )
-    return [_decode(model, row[longest:].tolist(), eos) for row in written]
-
-
-def _decode(model: LoadedModel, ids: list[int], eos: int | None) -> str:
-    text = model.tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids, skip_special_tokens=False)
-    assert isinstance(text, str), "one row gives one text"
-    return text
-
-
-def _refuse_bad_lengths(
-    prompts: Sequence[str], ids: Sequence[Sequence[int]], max_new_tokens: int, config: PretrainedConfig
-) -> None:
-    problems = [
-        Problem(f"prompt {prompt!r} has no tokens", "at least one", "begin the text: documents start without a token")
-        for prompt, row in zip(prompts, ids, strict=True)
-        if not row
+    requests = [
+        Request(prompt=encode(model, prompt), max_new_tokens=max_new_tokens, sampling=sampling, stops=stops)
+        for prompt in prompts
     ]
-    positions = getattr(config, "max_position_embeddings", None)
-    longest = max(map(len, ids), default=0)
-    if positions is not None and longest + max_new_tokens > positions:
-        problems.append(
-            Problem(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones",
-                f"at most {positions} positions of the model",
-                "shorten the prompt or lower --max-new-tokens",
-            )
-        )
-    if not prompts:
-        problems.append(Problem("no prompt", "at least one", "give --prompt TEXT"))
-    if problems:
-        raise ConfigError(*problems)
+    return [answer.text for answer in answer_requests(model, requests, rows_at_a_time=rows_at_a_time)]
+
+
+def encode(model: LoadedModel, text: str) -> list[int]:
+    """A prompt's tokens; no special token is added, as none stands at the beginning of a training document."""
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    assert isinstance(ids, list), "one text gives one list"
+    return ids
+
+
+def answer_requests(model: LoadedModel, requests: Sequence[Request], *, rows_at_a_time: int) -> Iterator[Answer]:
+    """Whole answers in the order of the requests, each as soon as it and those before it are done."""
+    texts: list[list[str]] = [[] for _ in requests]
+    done: dict[int, Answer] = {}
+    following = 0
+    for index, piece in stream_requests(model, requests, rows_at_a_time=rows_at_a_time):
+        texts[index].append(piece.text)
+        if piece.finish is not None:
+            done[index] = Answer(text="".join(texts[index]), tokens=piece.tokens, finish=piece.finish)
+        while following in done:
+            yield done.pop(following)
+            following += 1
+
+
+def stream_requests(
+    model: LoadedModel, requests: Sequence[Request], *, rows_at_a_time: int
+) -> Iterator[tuple[int, Piece]]:
+    """Pieces of answers as they come, with the index of their request.
+
+    Raises:
+        ConfigError: with every problem of the requests, before the first is answered.
+        DataError: the model's logits are not numbers.
+    """
+    require_answerable(requests, model)
+    batch: RunningBatch[int] = RunningBatch(model, max_rows=rows_at_a_time)
+    waiting = deque(enumerate(requests))
+    while waiting or len(batch):
+        count = batch.choose_joining(list(waiting)[:rows_at_a_time])
+        for index, piece in batch.step([waiting.popleft() for _ in range(count)]):
+            if piece.finish is Finish.BROKEN:
+                raise DataError(
+                    Problem(
+                        f"{model.origin}: the model's logits are not numbers",
+                        "finite weights, and a precision that holds their products",
+                        "use an earlier checkpoint; pretrain checkpoint list shows them",
+                    )
+                )
+            yield index, piece

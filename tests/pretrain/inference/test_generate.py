@@ -5,25 +5,36 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.errors import CheckpointError, ConfigError, DataError
 from pretrain.export import export_source
-from pretrain.inference.generate import Sampling, continue_prompts, generate_from
+from pretrain.inference.generate import answer_requests, continue_prompts, encode, generate_from, stream_requests
 from pretrain.inference.load import LoadedModel, load_source
+from pretrain.inference.requests import Request
+from pretrain.inference.sampling import Sampling
 from tests.pretrain.checkpoint.states import flip_byte
-from tests.pretrain.inference.tiny_runs import EOS, FIELDS, SENTENCES, build_network, write_run, write_tokenizer
+from tests.pretrain.inference.tiny_runs import EOS, SENTENCES, build_network, write_run, write_tokenizer
 
 GREEDY = Sampling(temperature=0)
+WINDOW = {"num_key_value_heads": 2, "intermediate_size": 96, "sliding_window": 6}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {},
+    "qwen3": {},
+    "mistral": WINDOW,
+    "mixtral": WINDOW | {"sliding_window": None, "num_local_experts": 4},
+}
 
 
-@pytest.fixture(scope="module", params=FIELDS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("run")
-    write_run(folder, build_network(request.param))
+    write_run(folder, build_network(request.param, **FAMILIES[request.param]))
     return load_source(folder)
 
 
@@ -49,6 +60,23 @@ def test_batched_prompts_give_what_each_gives_alone_and_without_cache(model: Loa
     assert len(set(together)) > 1
 
 
+def test_rows_that_join_and_leave_between_steps_change_nothing_for_the_others(model: LoadedModel) -> None:
+    """More prompts than rows, of lengths that make the cache shift, grow and close gaps."""
+    words = " ".join(SENTENCES).split()
+    requests = [
+        Request(
+            prompt=encode(model, " ".join(words[: 1 + 5 * place % 17])),
+            max_new_tokens=1 + 11 * place % 29,
+            sampling=GREEDY if place % 2 else Sampling(temperature=1.5, top_k=40, repetition_penalty=1.3, seed=place),
+        )
+        for place in range(14)
+    ]
+    alone = [next(answer_requests(model, [request], rows_at_a_time=1)) for request in requests]
+    for rows in (3, 14):
+        assert list(answer_requests(model, requests, rows_at_a_time=rows)) == alone
+    assert len({answer.text for answer in alone}) > 10
+
+
 def test_equal_seeds_write_equal_text_and_others_do_not(model: LoadedModel) -> None:
     def write(**changes: float) -> str:
         sampling = dataclasses.replace(Sampling(temperature=1.0, top_p=1.0), **changes)
@@ -72,6 +100,59 @@ def test_end_of_text_ends_a_text_and_is_not_shown(tmp_path: Path) -> None:
     (short,) = continue_prompts(model, [SENTENCES[0]], max_new_tokens=8, sampling=GREEDY)
     assert whole.startswith(short)
     assert len(short) < len(whole)
+
+
+def test_a_stop_string_ends_a_text_before_it(model: LoadedModel) -> None:
+    prompts = [SENTENCES[0], SENTENCES[2]]
+    whole, neighbour = continue_prompts(model, prompts, max_new_tokens=12, sampling=GREEDY)
+    stop = whole[3:5]
+    short, unchanged = continue_prompts(model, prompts, max_new_tokens=12, sampling=GREEDY, stops=[stop, "never"])
+    assert short == whole[: whole.index(stop)]
+    assert unchanged == neighbour.split(stop)[0]
+
+
+def test_pieces_put_together_are_the_answer(model: LoadedModel) -> None:
+    sampling = Sampling(temperature=1.2, seed=3)
+    requests = [Request(prompt=encode(model, text), max_new_tokens=20, sampling=sampling) for text in SENTENCES]
+    texts = ["", "", ""]
+    pieces = list(stream_requests(model, requests, rows_at_a_time=2))
+    for index, piece in pieces:
+        texts[index] += piece.text
+    assert texts == [answer.text for answer in answer_requests(model, requests, rows_at_a_time=3)]
+    assert len(pieces) > 30
+    assert sum(piece.finish is not None for _, piece in pieces) == 3
+
+
+def test_a_folder_may_name_more_tokens_that_end_a_text(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", build_network("llama"))
+    export_source(tmp_path / "run", tmp_path / "out", dtype="fp32")
+    model = load_source(tmp_path / "out")
+    (whole,) = answer_requests(model, [_request_of(model)], rows_at_a_time=1)
+    second = greedy_ids(model, encode(model, SENTENCES[0]), 2)[-1]
+    (tmp_path / "out" / "generation_config.json").write_text(f'{{"eos_token_id": [0, {second}]}}')
+    (short,) = answer_requests(model, [_request_of(model)], rows_at_a_time=1)
+    assert (whole.finish, whole.tokens, short.finish, short.tokens) == ("length", 8, "stop", 2)
+
+
+def _request_of(model: LoadedModel) -> Request:
+    return Request(prompt=encode(model, SENTENCES[0]), max_new_tokens=8, sampling=GREEDY)
+
+
+def test_logits_that_are_not_numbers_are_an_error(tmp_path: Path) -> None:
+    network = build_network("llama")
+    with torch.no_grad():
+        network.model.norm.weight[0] = torch.nan
+    write_run(tmp_path, network)
+    with pytest.raises(DataError, match="logits are not numbers"):
+        continue_prompts(load_source(tmp_path), ["the"], max_new_tokens=2, sampling=GREEDY)
+
+
+def test_models_whose_memory_is_not_of_tokens_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, build_network("llama"))
+    model = load_source(tmp_path)
+    model.network.config.is_encoder_decoder = True
+    with pytest.raises(CheckpointError, match="an encoder-decoder model"):
+        continue_prompts(model, ["the"], max_new_tokens=2, sampling=GREEDY)
 
 
 @torch.no_grad()
@@ -102,16 +183,11 @@ def test_a_lower_precision_can_be_asked_for(tmp_path: Path) -> None:
 def test_bad_prompts_are_refused_together(model: LoadedModel) -> None:
     with pytest.raises(ConfigError) as refusal:
         continue_prompts(model, ["", "the " * 100], max_new_tokens=100, sampling=GREEDY)
-    assert "has no tokens" in str(refusal.value)
+    assert "request 1: a prompt without tokens" in str(refusal.value)
+    assert "request 2: a prompt of" in str(refusal.value)
     assert "at most 128 positions" in str(refusal.value)
     with pytest.raises(ConfigError, match="no prompt"):
         continue_prompts(model, [], max_new_tokens=1, sampling=GREEDY)
-
-
-def test_bad_sampling_is_refused_together() -> None:
-    with pytest.raises(ConfigError) as refusal:
-        Sampling(temperature=-1, top_p=0, top_k=-1, seed=-1)
-    assert len(refusal.value.problems) == 4
 
 
 def test_special_tokens_in_a_prompt_stay_what_the_tokenizer_makes_of_them(model: LoadedModel) -> None:

@@ -24,18 +24,11 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_network(model_type: str, seed: int = 0) -> PreTrainedModel:
+def build_network(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """Two layers, 64 wide, with weights large enough that logits differ clearly."""
-    config = CONFIG_MAPPING[model_type](
-        vocab_size=320,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        use_cache=False,
-        **FIELDS[model_type],
-    )
+    common = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rest = {"max_position_embeddings": 128, "initializer_range": 0.1, "use_cache": False}
+    config = CONFIG_MAPPING[model_type](**common | rest | FIELDS.get(model_type, {}) | fields)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server for looking at a model; the scheduler batches requests token by token."""
