@@ -30,7 +30,7 @@ class _Window:
         return min(self.starts, default=self.end)
 
 
-class _RowLayer(CacheLayerMixin):  # type: ignore[misc] - transformers is not typed
+class _RowLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
     """Keys and values of one layer, (R, H, C, D); more rows and columns than are in use."""
 
     is_sliding = False
@@ -76,13 +76,14 @@ class _RowLayer(CacheLayerMixin):  # type: ignore[misc] - transformers is not ty
             setattr(self, name, new)
 
 
-class RowCache(Cache):  # type: ignore[misc] - transformers is not typed
+class RowCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """A cache for one token a row and step; rows join with what their prompts' forward left, and leave."""
 
     def __init__(self, max_rows: int) -> None:
         self.window = _Window()
         self._max_rows = max_rows
-        super().__init__(layers=[])
+        self.layers: list[_RowLayer] = []
+        super().__init__(layers=self.layers)
 
     @property
     def lengths(self) -> list[int]:

@@ -86,9 +86,9 @@ def _penalize(scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
         choice = choices[row]
         assert choice.seen is not None, "chosen by it"
         penalty = choice.sampling.repetition_penalty
-        ids = choice.seen.unique()  # a token that came twice is penalized once
-        found = scores[row, ids]
-        scores[row, ids] = torch.where(found < 0, found * penalty, found / penalty)
+        found = scores[row, choice.seen]
+        # a token that came twice is written twice with the same value: penalized once
+        scores[row, choice.seen] = torch.where(found < 0, found * penalty, found / penalty)
     return scores
 
 

@@ -91,7 +91,10 @@ class CompletionBody(Settings):
         """One text, or one list of tokens, a prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # type: ignore[list-item, return-value] - pydantic has checked the union
+        # pydantic has checked that all are of one kind
+        texts = [prompt for prompt in self.prompt if isinstance(prompt, str)]
+        lists = [prompt for prompt in self.prompt if isinstance(prompt, list)]
+        return texts or lists or [[token for token in self.prompt if isinstance(token, int)]]
 
 
 class TextPart(_Body):
@@ -154,8 +157,10 @@ def _require_no_effect(name: str, value: object) -> None:
     if name not in WITHOUT_EFFECT:
         raise bad_request(f"unknown parameter {name!r}", code="unknown_parameter", parameter=name)
     harmless = WITHOUT_EFFECT[name]
-    is_same = any(type(value) is type(other) and value == other for other in harmless)
-    if value is None or is_same or (value in harmless and isinstance(value, int | float) and value is not True):
+    # 0 and 0.0 ask for the same, 0 and False do not: logprobs=0 asks for logprobs
+    if value is None or any(
+        value == other and isinstance(value, bool) is isinstance(other, bool) for other in harmless
+    ):
         return
     allowed = ", ".join(map(repr, harmless)) or "null"
     raise bad_request(
