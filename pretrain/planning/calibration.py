@@ -24,7 +24,7 @@ from pretrain.planning.constants import CONSTANTS, SOFTWARE, Constants, Software
 from pretrain.planning.devices import DEVICES, GIB, Device
 from pretrain.planning.least_squares import Vector, fit_least_squares
 from pretrain.planning.step_time import predict_step
-from pretrain.planning.workload import Workload
+from pretrain.planning.workload import Arithmetic, Recomputation, Workload
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,8 @@ class Case:
     rows: int  # of a micro-batch
     vocabulary: int = 2048
     micro_batches: int = 1
-    recomputation: str = "none"
-    precision: str = "bf16"
+    recomputation: Recomputation = "none"
+    precision: Arithmetic = "bf16"
 
     @property
     def name(self) -> str:
@@ -126,7 +126,8 @@ def case_work(case: Case, **layout: Any) -> Workload:
         sequence_length=case.length,
         micro_batch_size=case.rows,
         micro_batches=case.micro_batches,
-        recomputation=case.recomputation,  # type: ignore[arg-type]
+        recomputation=case.recomputation,
+        arithmetic=case.precision,
         **layout,
     )
 
@@ -193,12 +194,12 @@ def calibrate(report: Callable[[str], None]) -> Calibration:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    start, precision = _start(device)
+    start = _start(device)
     report(
-        f"{start.name}, {precision}: {start.peak_flops / 1e12:.3g} TFLOP/s of large matmuls, "
+        f"{start.name}, {start.precision}: {start.peak_flops / 1e12:.3g} TFLOP/s of large matmuls, "
         f"{start.memory_bandwidth / 1e9:.3g} GB/s, links {start.node_bandwidth / 1e9:.3g} GB/s"
     )
-    cases = [replace(case, precision=precision) for case in CASES]
+    cases = [replace(case, precision=start.precision) for case in CASES]
     seconds = []
     for case in cases:
         seconds.append(measure_case(case, device))
@@ -267,7 +268,7 @@ def load_calibration(path: Path) -> Calibration:
         ) from error
 
 
-def _start(device: torch.device) -> tuple[Device, str]:
+def _start(device: torch.device) -> Device:
     """What is measured directly: large matmuls, copies, links; the rest is a like device's.
 
     A CPU without instructions for bf16 multiplies it fifty times slower than fp32, which is measured there instead.
@@ -276,10 +277,10 @@ def _start(device: torch.device) -> tuple[Device, str]:
 
     size = MATMUL_SIZE[device.type]
     rates = {}
-    for precision, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for candidate, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         matrix = torch.randn(size, size, device=device).to(kind)
-        rates[precision] = 2 * size**3 / quickest(partial(torch.mm, matrix, matrix), device)
-    precision = "bf16" if device.type == "cuda" or rates["bf16"] >= rates["fp32"] else "fp32"
+        rates[candidate] = 2 * size**3 / quickest(partial(torch.mm, matrix, matrix), device)
+    precision: Arithmetic = "bf16" if device.type == "cuda" or rates["bf16"] >= rates["fp32"] else "fp32"
     rate = rates[precision]
     source = torch.empty(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
@@ -297,9 +298,10 @@ def _start(device: torch.device) -> tuple[Device, str]:
         name, nearest, peak = f"cpu-{precision}", DEVICES["cpu"], rate
         devices = psutil.cpu_count(logical=False) or 1
         usable = psutil.virtual_memory().total / devices
-    found = replace(
+    return replace(
         nearest,
         name=name.lower().replace(" ", "-"),
+        precision=precision,
         peak_flops=peak,
         memory_bandwidth=copied,
         usable_bytes=float(usable),
@@ -307,7 +309,6 @@ def _start(device: torch.device) -> tuple[Device, str]:
         node_bandwidth=bandwidth or nearest.node_bandwidth,
         network_bandwidth=nodes or nearest.network_bandwidth,
     )
-    return found, precision
 
 
 def _link_bandwidth(device: torch.device) -> float | None:

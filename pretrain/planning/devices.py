@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.flops import PEAK_FLOPS
+from pretrain.planning.workload import Arithmetic
 
 GIB = 2**30
 TERA = 10**12
@@ -24,7 +25,7 @@ class Device:
     """One device, the links that it shares with the others, and how much of the data sheet software gets."""
 
     name: str
-    peak_flops: float  # dense bf16, FLOP/s
+    peak_flops: float  # dense, in `precision`, FLOP/s
     memory_bandwidth: float  # bytes/s
     usable_bytes: float  # of its memory, for a training process
     node_devices: int  # of one host
@@ -32,8 +33,9 @@ class Device:
     network_bandwidth: float  # bytes/s that a ring gets across hosts: all network cards of a host together
     host_bytes: float  # of a host's memory that offloaded state may take
     hourly_price: float  # US dollars, an assumption: --price replaces it
-    matmul_efficiency: float  # share of the peak that large bf16 matmuls reach
+    matmul_efficiency: float  # share of the peak that large matmuls reach
     attention_efficiency: float  # share of the peak that fused attention's forward reaches
+    precision: Arithmetic = "bf16"  # that it is quickest in, and plans for it train in
     layer_seconds: float = 0.0  # of a layer and micro-batch that no size explains: launches, Python
 
 

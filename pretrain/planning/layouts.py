@@ -180,6 +180,7 @@ def build_config(request: Request, choice: Choice, *, deepspeed_config: str | No
             },
             "optimizer": {"learning_rate": rate, "epsilon": 1e-5},
             "schedule": {"total_steps": steps, "warmup_steps": min(2000, steps // 20)},
+            "precision": request.device.precision,
             "parallel": parallel,
             "execution": {"recomputation": choice.recomputation},
             "reporting": {"every_steps": 10},

@@ -151,7 +151,7 @@ def request_lines(request: Request) -> Iterator[str]:
     )
     yield (
         f"a step: {request.global_batch_rows:,} rows x {request.sequence_length:,} tokens = "
-        f"{request.global_batch_tokens:,} tokens; bf16"
+        f"{request.global_batch_tokens:,} tokens; {request.device.precision}"
     )
 
 

@@ -101,6 +101,7 @@ def make_plan(request: Request, choice: Choice, config: RunConfig) -> Plan:
         sequence=topology.sequence,
         expert=choice.expert,
         is_bidirectional=layout.is_bidirectional,
+        arithmetic=request.device.precision,
         zero_stage={"fsdp": 3, "ddp": 0}.get(choice.engine, choice.zero_stage),
         recomputation=choice.recomputation,
         offloads_optimizer=layout.offloads_optimizer,

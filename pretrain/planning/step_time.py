@@ -12,7 +12,7 @@ from pretrain.models.pipeline_stages import partition_layers
 from pretrain.planning.constants import Constants, Software
 from pretrain.planning.devices import Device
 from pretrain.planning.links import HOST_BANDWIDTH, Link, data_link, pipeline_link, tensor_link
-from pretrain.planning.workload import LOW, Workload
+from pretrain.planning.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,9 @@ def layer_time(work: Workload, device: Device, software: Software, constants: Co
     """Seconds of an average layer's forward of one micro-batch on one rank."""
     rate = device.peak_flops * device.matmul_efficiency
     rate *= constants.fp8_speed if work.arithmetic == "fp8" else 1.0
-    of_number = LOW * constants.matmul_traffic + (constants.fp8_traffic if work.arithmetic == "fp8" else 0.0)
+    of_number = work.number_bytes * constants.matmul_traffic + (
+        constants.fp8_traffic if work.arithmetic == "fp8" else 0.0
+    )
     linear = sum(matmul.flops / rate + matmul.numbers * of_number / device.memory_bandwidth for matmul in work.matrices)
     attention, backward = _attention_seconds(work, device, software, constants)
     moved = constants.elementwise_traffic * work.layer_bytes / device.memory_bandwidth
@@ -109,7 +111,7 @@ def _attention_seconds(work: Workload, device: Device, software: Software, const
     # both triangles are computed, and the matrix of scores is written and read by each step
     scores = work.tokens * work.sequence_length * shape.heads / work.tensor
     seconds = 2 * flops / (device.peak_flops * device.matmul_efficiency)
-    seconds += scores * LOW * constants.score_traffic / device.memory_bandwidth
+    seconds += scores * work.number_bytes * constants.score_traffic / device.memory_bandwidth
     return seconds, 2 * seconds
 
 
@@ -128,7 +130,9 @@ def _loss_seconds(work: Workload, device: Device, constants: Constants) -> float
     """Forward and backward of the head and the cross-entropy of one micro-batch."""
     tokens, hidden, vocabulary = work.tokens, work.shape.hidden_size, work.shape.vocabulary_size / work.tensor
     rate = device.peak_flops * device.matmul_efficiency
-    traffic = constants.matmul_traffic * LOW * (tokens * hidden + hidden * vocabulary + tokens * vocabulary)
+    traffic = (
+        constants.matmul_traffic * work.number_bytes * (tokens * hidden + hidden * vocabulary + tokens * vocabulary)
+    )
     matmul = 2 * tokens * hidden * vocabulary / rate + traffic / device.memory_bandwidth
     return 3 * matmul + tokens * vocabulary * constants.loss_traffic / device.memory_bandwidth
 
@@ -163,7 +167,7 @@ def _tensor_seconds(work: Workload, device: Device, layers: float) -> float:
         return 0.0
     times = 6 if work.recomputation == "full" else 4
     link = tensor_link(work, device)
-    return times * layers * link.all_reduce(work.tokens * work.shape.hidden_size * LOW)
+    return times * layers * link.all_reduce(work.tokens * work.shape.hidden_size * work.number_bytes)
 
 
 def _sequence_seconds(work: Workload, device: Device, constants: Constants, layers: float) -> float:
@@ -174,7 +178,7 @@ def _sequence_seconds(work: Workload, device: Device, constants: Constants, laye
     width = 2 * shape.attention_width + 2 * shape.key_value_width
     link = Link(ranks=work.sequence, bandwidth=tensor_link(work, device).bandwidth, hop_seconds=constants.hop_seconds)
     times = 3 if work.recomputation == "full" else 2
-    return times * layers * link.all_to_all(work.tokens * width * LOW)
+    return times * layers * link.all_to_all(work.tokens * width * work.number_bytes)
 
 
 def _expert_seconds(work: Workload, device: Device, layers: float) -> float:
@@ -185,7 +189,7 @@ def _expert_seconds(work: Workload, device: Device, layers: float) -> float:
     inside = work.expert <= device.node_devices
     link = Link(ranks=work.expert, bandwidth=device.node_bandwidth if inside else device.network_bandwidth)
     times = (6 if work.recomputation == "full" else 4) * shape.sparse_layers / shape.layers
-    return times * layers * link.all_to_all(work.tokens * shape.active_experts * shape.hidden_size * LOW)
+    return times * layers * link.all_to_all(work.tokens * shape.active_experts * shape.hidden_size * work.number_bytes)
 
 
 def _transfer_seconds(work: Workload, device: Device) -> float:
@@ -193,7 +197,7 @@ def _transfer_seconds(work: Workload, device: Device) -> float:
     if work.pipeline == 1:
         return 0.0
     parts = 2 if work.is_bidirectional else work.interleaving
-    return 2 * parts * work.tokens * work.shape.hidden_size * LOW / pipeline_link(work, device).bandwidth
+    return 2 * parts * work.tokens * work.shape.hidden_size * work.number_bytes / pipeline_link(work, device).bandwidth
 
 
 def _optimizer_seconds(work: Workload, device: Device, software: Software) -> float:
@@ -215,9 +219,10 @@ def _sharding_seconds(
     held = work.held_parameters
     gathers, reductions = _collectives(work, software)
     gradient = (work.zero_stage >= 2 and software.bucket_bytes) or software.gradient_bytes
-    seconds = gathers * link.gather(held * LOW) + reductions * link.gather(held * gradient)
+    gradient = max(gradient, work.number_bytes)
+    seconds = gathers * link.gather(held * work.number_bytes) + reductions * link.gather(held * gradient)
     if work.offloads_parameters:
-        seconds += gathers * held * LOW / ranks / HOST_BANDWIDTH
+        seconds += gathers * held * work.number_bytes / ranks / HOST_BANDWIDTH
     hidden = min(seconds * (1 - software.exposed_share), computation)
     calls = (gathers + reductions) * work.shape.layers / work.pipeline
     return seconds - hidden, calls * link.latency()

@@ -14,8 +14,6 @@ from pretrain.models.architecture import Architecture
 from pretrain.models.flops import count_flops
 from pretrain.models.parameter_count import ParameterCount, count_parameters
 
-LOW = 2  # bytes of a number that matmuls read
-
 Arithmetic = Literal["bf16", "fp8", "fp32"]
 Recomputation = Literal["none", "selective", "full"]
 
@@ -68,6 +66,11 @@ class Workload:
         return self.data * self.tensor * self.pipeline * self.sequence
 
     @property
+    def number_bytes(self) -> int:
+        """Of a number that matmuls read and ranks send."""
+        return 4 if self.arithmetic == "fp32" else 2
+
+    @property
     def tokens(self) -> int:
         """Of one micro-batch on one rank (a tensor group counts as one)."""
         return self.micro_batch_size * self.sequence_length // self.sequence
@@ -97,7 +100,7 @@ class Workload:
     @cached_property
     def layer_bytes(self) -> int:
         """That one layer keeps of a micro-batch for its backward."""
-        return self.tokens * layer_bytes_per_token(self.shape, low=LOW, tensor=self.tensor)
+        return self.tokens * layer_bytes_per_token(self.shape, low=self.number_bytes, tensor=self.tensor)
 
     @cached_property
     def matrices(self) -> tuple[Matmul, ...]:
