@@ -49,7 +49,9 @@ def _script(job: Job, place: Place) -> Iterator[str]:
     yield from (f"export {name}={shlex.quote(value)}" for name, value in place.travelling.items())
     status = shlex.quote(f"{place.status(job)}/slurm-") + "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
     yield f"status={status}"
-    yield 'address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+    yield 'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+    # where Slurm itself reaches the node: its name need not be one that the network knows
+    yield "address=$(scontrol --oneliner show node \"$first\" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')"
     yield f"port={job.port}" if job.port else "port=$((20000 + SLURM_JOB_ID % 12000))"
     yield ""
     yield "# USR1 comes before the time limit, TERM with a preemption; ranks get it, save, and end with 75."
@@ -100,6 +102,6 @@ def _srun(job: Job, place: Place) -> str:
     return (
         f"srun --export=ALL --kill-on-bad-exit=1 --wait=60{cpus} {shlex.quote(place.python(job))} -m launch.node "
         f"--nodes {job.nodes} --node-rank-from SLURM_NODEID --ranks {job.gpus_per_node} "
-        f'--address "$address" --port "$port" --status "$status" --grace {job.grace_seconds:g}{secrets} '
+        f'--address "${{address:-$first}}" --port "$port" --status "$status" --grace {job.grace_seconds:g}{secrets} '
         f"-- {shlex.join(train_words(job))} &"
     )
