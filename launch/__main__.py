@@ -6,6 +6,7 @@ Knows words and order only; files and processes are execute.py's.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def main() -> int:
     except PretrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped before anything was started", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

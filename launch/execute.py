@@ -84,7 +84,8 @@ def _supervise(job: Job, rendering: Rendering) -> int:
             launcher=rendering.launcher or "agent",
             time_limit_seconds=None if job.time_limit_seconds is None else job.time_limit_seconds - job.grace_seconds,
         )
-        outcome = judge(status, last.run(_commands(rendering, restart)))
+        code = last.run(_commands(rendering, restart))
+        outcome = judge(status, code, asked_by=last.asked_by)
         if outcome.paragraph:
             print(f"\n{outcome.paragraph}", file=sys.stderr, flush=True)
         return outcome.code
@@ -94,7 +95,7 @@ def _supervise(job: Job, rendering: Rendering) -> int:
         start,
         most_restarts=job.restarts if restarts_are_ours else 0,
         back_off_seconds=BACK_OFF_SECONDS,
-        is_asked_to_stop=lambda: last is not None and last.was_told_to_stop,
+        is_asked_to_stop=lambda: last is not None and last.asked_by is not None,
     )
 
 

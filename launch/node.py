@@ -71,7 +71,7 @@ def run_node(options: argparse.Namespace, environment: Mapping[str, str]) -> int
     ]
     supervision = Supervision(status=options.status, grace_seconds=options.grace, launcher="agent")
     code = supervision.run(commands)
-    outcome = judge(options.status, code)
+    outcome = judge(options.status, code, asked_by=supervision.asked_by)
     if outcome.paragraph:
         print(f"node {node_rank}: {outcome.paragraph}", file=sys.stderr, flush=True)
     return outcome.code if code else 0

@@ -26,19 +26,33 @@ class Outcome:
     paragraph: str  # empty for a success
 
 
-def judge(folder: Path, launcher_code: int) -> Outcome:
-    """Read how the ranks ended and say what it means."""
+def judge(folder: Path, launcher_code: int, *, asked_by: str | None = None) -> Outcome:
+    """Read how the ranks ended and say what it means.
+
+    Args:
+        folder: in which ranks say how they ended.
+        launcher_code: exit code of what started them.
+        asked_by: the signal or limit that told the launcher to stop; None: it was not told, as far as is known.
+    """
     statuses = read_statuses(folder)
     failed = [status for status in statuses if status.code]
     if launcher_code == 0 and not any(status.code for status in statuses if status.code != PREEMPTED):
         stopped = bool(failed) and all(status.code == PREEMPTED for status in failed)
         return Outcome(code=PREEMPTED, paragraph=_stopped(failed)) if stopped else Outcome(code=0, paragraph="")
+    if asked_by and all(status.code == PREEMPTED or _died_of_the_wish(status) for status in failed):
+        is_early = not any(status.code == PREEMPTED for status in failed)
+        return Outcome(code=PREEMPTED, paragraph=_stopped_early(asked_by) if is_early else _stopped(failed))
     if not failed:
         return Outcome(code=launcher_code, paragraph=_without_ranks(launcher_code, statuses))
     if all(status.code == PREEMPTED for status in failed):
         return Outcome(code=PREEMPTED, paragraph=_stopped(failed))
     first = min((status for status in failed if status.code != PREEMPTED), key=_order)
     return Outcome(code=first.code or 1, paragraph=_told(first, failed, statuses))
+
+
+def _died_of_the_wish(status: RankStatus) -> bool:
+    """A rank that did not listen to signals yet: it was still loading, and had nothing to save."""
+    return status.signal in ("SIGTERM", "SIGINT") and status.asked_to_stop is not None
 
 
 def _order(status: RankStatus) -> tuple[bool, float]:
@@ -72,6 +86,10 @@ def _told(first: RankStatus, failed: list[RankStatus], statuses: list[RankStatus
 def _stopped(failed: list[RankStatus]) -> str:
     reason = next((status.asked_to_stop for status in failed if status.asked_to_stop), None)
     return f"Stopped in order{f' after {reason}' if reason else ''}, state saved: start again to go on (exit code 75)."
+
+
+def _stopped_early(reason: str) -> str:
+    return f"Stopped in order after {reason}, before training had begun: nothing was lost (exit code 75)."
 
 
 def _without_ranks(code: int, statuses: list[RankStatus]) -> str:

@@ -52,7 +52,7 @@ class Supervision:
         self._signals: list[int] = []
         self._asked_at: float | None = None
         self._kill_at: float | None = None
-        self.was_told_to_stop = False  # by a signal or the time limit: then nobody wants another start
+        self.asked_by: str | None = None  # a signal or the time limit: then nobody wants another start
 
     def run(self, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> int:
         """Run commands, each with its whole environment, until all have ended; returns the first code that is not 0."""
@@ -124,7 +124,7 @@ class Supervision:
         """Tell every rank of this node at once, and those of other nodes through the folder."""
         if self._asked_at is not None:
             return
-        self.was_told_to_stop = reason != A_RANK_FAILED
+        self.asked_by = None if reason == A_RANK_FAILED else reason
         self._asked_at = time.monotonic()
         self._kill_at = self._asked_at + grace_seconds + SECONDS_FOR_GUARDIANS
         below = set(descendants(os.getpid()))

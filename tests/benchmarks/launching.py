@@ -1,70 +1,148 @@
-"""What our launcher adds between the command and the first step, beside bare torchrun; and how long descriptions take.
+"""What our launcher adds: to a description, to the start of a run beside bare torchrun, and to its end after SIGTERM.
 
-    python -m tests.benchmarks.launching DATASET [--times N]
+    python -m tests.benchmarks.launching [dry-run] [start] [stop] [--times N]
 
-Prints seconds and the difference; asserts nothing. DATASET: packed rows of at least 64 tokens, 512 of vocabulary.
+Prints seconds beside what they are measured against; asserts nothing. Two ranks, a tiny fp32 model, random tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from launch.backends.build import BACKENDS
+from launch.processes import identity
+from launch.rank_status import read_statuses
+from tests.benchmarks.start_up import write_random_dataset
 from tests.launch import jobs
 
 NODES = 64
+HERE = ("local", "torchrun", "deepspeed", "accelerate")  # what starts ranks on this machine
+STEPS_BEFORE_THE_SIGNAL = 20
+ROW_TOKENS = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[], metavar="PART", help="dry-run, start, stop; default: all")
     parser.add_argument("--times", type=int, default=3)
     options = parser.parse_args()
-    hosts = ", ".join(f"node-{number}" for number in range(NODES))
-    job = ["name=x", "run=launch/recipes/quickstart.yaml", f"nodes={NODES}", f"hosts=[{hosts}]", "image=a:1"]
-    for backend in ("deepspeed", "slurm", "kubernetes", "compose", "skypilot"):
-        command = [sys.executable, "-m", "launch", *job, "--on", backend, "--dry-run"]
-        print(f"{backend}, {NODES} nodes, --dry-run: {min(seconds_of(command) for _ in range(options.times)):.2f} s")
-    found: dict[str, list[float]] = {"torchrun": [], "launch": []}
-    for _ in range(options.times):
-        for name, seconds in found.items():
-            seconds.append(first_step(name, options.dataset))
-    bare, ours = (statistics.median(found[name]) for name in ("torchrun", "launch"))
-    print(f"start to first step, 2 ranks: torchrun {bare:.2f} s, launch {ours:.2f} s, difference {ours - bare:+.2f} s")
+    parts: dict[str, Callable[[Path, int], None]] = {"dry-run": dry_runs, "start": starts, "stop": stops}
+    with tempfile.TemporaryDirectory() as name:
+        write_random_dataset(Path(name) / "data", vocabulary_size=512, length=ROW_TOKENS)
+        for part in options.parts or parts:
+            parts[part](Path(name), options.times)
 
 
-def seconds_of(command: list[str]) -> float:
+def dry_runs(folder: Path, times: int) -> None:
+    """From the command to the last line that says what would run."""
+    python = min(_seconds_of([sys.executable, "-c", "import pydantic, yaml"]) for _ in range(times))
+    print(f"\npython with pydantic and yaml, alone: {python:.2f} s")
+    print(f"\n| back end | 2 nodes, s | {NODES} nodes, s |\n|---|---:|---:|")
+    for backend in BACKENDS:
+        seconds = [min(_seconds_of(_dry_run(backend, nodes)) for _ in range(times)) for nodes in (2, NODES)]
+        print(f"| {backend} | {seconds[0]:.2f} | {'' if backend == 'local' else f'{seconds[1]:.2f}'} |", flush=True)
+
+
+def _dry_run(backend: str, nodes: int) -> list[str]:
+    hosts = ", ".join(f"node-{number}" for number in range(nodes))
+    where = ["nodes=1"] if backend == "local" else [f"nodes={nodes}", f"hosts=[{hosts}]"]
+    job = ["name=x", "run=launch/recipes/quickstart.yaml", *where, "image=a:1"]
+    return [sys.executable, "-m", "launch", *job, "--on", backend, "--node-rank", "0", "--dry-run"]
+
+
+def _seconds_of(command: list[str]) -> float:
     began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=jobs.environment())
     return time.monotonic() - began
 
 
-def first_step(name: str, dataset: Path) -> float:
-    """Seconds until the first line of metrics."""
+def starts(folder: Path, times: int) -> None:
+    """From the command to the first line of metrics; interleaved, medians."""
+    found: dict[str, list[float]] = {"bare torchrun": [], "local": [], "torchrun": []}
+    for _ in range(times):
+        for name, seconds in found.items():
+            seconds.append(_first_step(name, folder / "data"))
+    bare = statistics.median(found["bare torchrun"])
+    print("\n| start to first step | s | of bare torchrun | difference, s |\n|---|---:|---:|---:|")
+    for name, seconds in found.items():
+        own = statistics.median(seconds)
+        print(f"| {name} ({min(seconds):.2f}-{max(seconds):.2f}) | {own:.2f} | {own / bare:.2f} | {own - bare:+.2f} |")
+
+
+def _first_step(name: str, dataset: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = jobs.write_tiny_run(Path(folder) / "run.yaml", data=dataset)
-        metrics = Path(folder) / "run/metrics.jsonl"
-        torchrun = ["torchrun", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={jobs.free_port()}"]
-        job = ["name=x", f"run={config}", "gpus_per_node=2", "accelerator=cpu", f"log_folder={folder}/launch"]
-        commands: dict[str, list[str | Path]] = {
-            "torchrun": [*torchrun, "-m", "pretrain", "train", config],
-            "launch": [sys.executable, "-m", "launch", *job, "--on", "local"],
-        }
+        port = f"--master-port={jobs.free_port()}"
+        bare = ["torchrun", "--nproc-per-node=2", "--master-addr=127.0.0.1", port, "-m", "pretrain", "train", config]
         began = time.monotonic()
-        process = jobs.start(commands[name], log=Path(folder) / "log")
+        process = jobs.start(bare if name == "bare torchrun" else _job(name, config), log=Path(folder) / "log")
         try:
-            while not metrics.exists() or b'"loss"' not in metrics.read_bytes():
-                assert process.poll() is None or metrics.exists(), (Path(folder) / "log").read_text(encoding="utf-8")
-                time.sleep(0.01)
+            _wait_for_steps(Path(folder) / "run", process, 1)
             return time.monotonic() - began
         finally:
             process.wait(120)
             jobs.end(process)
+
+
+def stops(folder: Path, times: int) -> None:
+    """From SIGTERM to the launcher until no rank lives; the checkpoint is verified afterwards."""
+    print(
+        "\n| SIGTERM to all gone | s | a step and the save, s | beyond them, s | checkpoint |\n|---|---:|---:|---:|---|"
+    )
+    for backend in HERE:
+        measured = [_stop(backend, folder / "data") for _ in range(times)]
+        seconds, expected, verdict = sorted(measured)[len(measured) // 2]
+        print(f"| {backend} | {seconds:.2f} | {expected:.2f} | {seconds - expected:+.2f} | {verdict} |", flush=True)
+
+
+def _stop(backend: str, dataset: Path) -> tuple[float, float, str]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sections = {"schedule": {"name": "constant", "total_steps": 10**6}, "checkpoint": {"every_steps": 10**6}}
+        config = jobs.write_tiny_run(folder / "run.yaml", data=dataset, **sections)
+        process = jobs.start(_job(backend, config), log=folder / "log")
+        try:
+            _wait_for_steps(folder / "run", process, STEPS_BEFORE_THE_SIGNAL)
+            pids = [pid for status in read_statuses(folder / "launch") for pid in (status.pid, status.guardian_pid)]
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(120)
+            while any(identity(pid) for pid in pids):
+                time.sleep(0.005)
+            seconds = time.monotonic() - began
+        finally:
+            jobs.end(process)
+        assert code == 75, (folder / "log").read_text(encoding="utf-8")[-3000:]
+        lines = jobs.read_metrics(folder / "run")
+        times = [line["time"] for line in lines if "loss" in line]
+        step = statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        save = next(line for line in reversed(lines) if "checkpoint/step" in line)
+        expected = step + save["checkpoint/stall_seconds"] + save["checkpoint/write_seconds"]
+        verified = subprocess.run(
+            [sys.executable, "-m", "pretrain", "checkpoint", "verify", folder / "run"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return seconds, expected, verified.stdout.strip().splitlines()[-1]
+
+
+def _job(backend: str, config: Path) -> list[str | Path]:
+    values = ["name=x", f"run={config}", "gpus_per_node=2", "accelerator=cpu", f"log_folder={config.parent}/launch"]
+    return [sys.executable, "-m", "launch", *values, "--on", backend]
+
+
+def _wait_for_steps(run_folder: Path, process: subprocess.Popen[bytes], count: int) -> None:
+    metrics, log = run_folder / "metrics.jsonl", run_folder.parent / "log"
+    while not metrics.exists() or metrics.read_bytes().count(b'"loss"') < count:
+        assert process.poll() is None or metrics.exists(), log.read_text(encoding="utf-8")[-3000:]
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,15 @@ def run_values(folder: Path) -> dict[str, object]:
     }
 
 
-def write_random_dataset(folder: Path) -> None:
+def write_random_dataset(folder: Path, *, vocabulary_size: int = MODEL["vocab_size"], length: int = LENGTH) -> None:
     tokenizer = TokenizerIdentity(name="none", sha256="0" * 64)
-    vocabulary_size = MODEL["vocab_size"]
     draft = Manifest(
         kind="documents", dtype="uint16", split="train", tokenizer=tokenizer, vocabulary_size=vocabulary_size, eos_id=0
     )
     writer = ShardWriter(folder, draft)
     generator = np.random.default_rng(0)
     for _ in range(64):
-        writer.append(generator.integers(1, vocabulary_size, LENGTH, dtype=np.uint16))
+        writer.append(generator.integers(1, vocabulary_size, length, dtype=np.uint16))
     writer.finish()
 
 

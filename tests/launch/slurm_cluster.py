@@ -156,7 +156,7 @@ def _configuration(folder: Path) -> str:
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",
         "SchedulerType": "sched/builtin",
-        "SchedulerParameters": "batch_sched_delay=0,sched_min_interval=500000",
+        "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=500000",
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
         "SlurmdParameters": "config_overrides",

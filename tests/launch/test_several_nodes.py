@@ -1,6 +1,6 @@
 """The same job on two nodes through what runs on this machine for real: sshd and pdsh, Slurm, accelerate, torchrun.
 
-Each trains what one process trains; nodes are addresses of loopback.
+Each trains what one process trains; nodes are addresses of loopback. `python -m tests.launch.shown` shows the logs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from tests.launch import jobs
 from tests.launch.slurm_cluster import SlurmCluster, slurm_cluster
 from tests.launch.ssh_nodes import SshNodes, ssh_nodes
 
-pytestmark = [pytest.mark.launch, pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launch, pytest.mark.ranks, pytest.mark.timeout(900)]
 
 LONG = "overrides=[schedule.total_steps=100000, checkpoint.every_steps=100000]"
 DEADLINE_SECONDS = 600  # starts take a quarter minute on a quiet machine, and minutes on a crowded one
@@ -102,6 +102,7 @@ def wait_until_gone(pids: set[int]) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_deepspeed_over_ssh(
     nodes: SshNodes, tiny_dataset: Path, expected_losses: dict[int, float], tmp_path: Path
 ) -> None:
@@ -112,19 +113,21 @@ def test_deepspeed_over_ssh(
     check_run(tmp_path, expected_losses)
 
 
+@pytest.mark.slow
 def test_deepspeed_without_ssh(tiny_dataset: Path, expected_losses: dict[int, float], tmp_path: Path) -> None:
     run_on_both(tmp_path, tiny_dataset, "deepspeed", "deepspeed.ssh=false")
     check_run(tmp_path, expected_losses)
 
 
+@pytest.mark.slow
 def test_accelerate_on_two_machines(tiny_dataset: Path, expected_losses: dict[int, float], tmp_path: Path) -> None:
     run_on_both(tmp_path, tiny_dataset, "accelerate")
     check_run(tmp_path, expected_losses)
 
 
-@pytest.mark.parametrize("victim", ["rank", "launcher"])
+@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_deepspeed_over_ssh_leaves_nothing_behind(
-    victim: str, nodes: SshNodes, tiny_dataset: Path, tmp_path: Path
+    victim: str, nodes: SshNodes, tiny_dataset: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     changes = [f"deepspeed.ssh_config={nodes.config}", f"port={jobs.free_port()}", LONG]
     process = jobs.start(
@@ -142,9 +145,12 @@ def test_deepspeed_over_ssh_leaves_nothing_behind(
         jobs.end(process)
     if victim == "rank":
         assert code == 128 + signal.SIGKILL
-        assert "Rank 1 of 2" in (tmp_path / "log").read_text(encoding="utf-8")
+        written = (tmp_path / "log").read_text(encoding="utf-8")
+        assert "\nRank 1 of 2 on" in written
+        record_property("After kill -9 of rank 1", written[written.index("\nRank 1 of 2 on") + 1 :])
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes_goes_on_after_a_killed_worker(tiny_dataset: Path, tmp_path: Path) -> None:
     steps = 400  # enough to be in the middle when the worker is killed, on a fast machine too
     changes = [f"port={jobs.free_port()}", "restarts=3"]
@@ -171,10 +177,11 @@ def test_torchrun_on_two_nodes_goes_on_after_a_killed_worker(tiny_dataset: Path,
     assert sorted(jobs.losses(tmp_path / "run")) == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_slurm_preempts_a_training_that_saves_requeues_and_finishes(
-    slurm: SlurmCluster, tiny_dataset: Path, tmp_path: Path
+    slurm: SlurmCluster, tiny_dataset: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    steps = 600  # enough to be in the middle when the urgent job comes, on a fast machine too
+    steps = 200  # enough to be in the middle when the urgent job comes, on a fast machine too
     changes = [f"overrides=[schedule.total_steps={steps}, checkpoint.every_steps=1000]", "slurm.partition=main"]
     changes += ["time_limit=00:20:00"]
     command = launcher(tmp_path, tiny_dataset, "slurm", *changes)
@@ -196,5 +203,6 @@ def test_slurm_preempts_a_training_that_saves_requeues_and_finishes(
     slurm.wait_for(lambda: slurm.state(job) == "COMPLETED", "the training does not finish", DEADLINE_SECONDS)
     output = (tmp_path / f"launch/slurm-{job}.out").read_text(encoding="utf-8")
     assert "state saved" in output
+    record_property("A Slurm job's log across a preemption", output)
     assert sorted(jobs.losses(folder)) == list(range(1, steps + 1))  # none lost, none twice
     assert jobs.newest_manifest(folder)["world_size"] == 2

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.processes import identity
+from launch.processes import descendants, identity
 from launch.rank_status import RankStatus, read_statuses
 from launch.secrets_file import read_secrets
 from pretrain.errors import ConfigError
@@ -21,6 +21,7 @@ from tests.launch import jobs
 
 SMALL = "tests.launch.small_rank"
 DEADLINE_SECONDS = 120
+HERE = ("local", "torchrun", "accelerate", "deepspeed")  # back ends that start ranks on this machine
 
 
 def agent(folder: Path, *words: str, ranks: int = 2, grace: float = 20, options: Sequence[str] = ()) -> list[str]:
@@ -148,6 +149,32 @@ def test_nothing_outlives_a_launcher_that_is_killed(
     wait_for(lambda: none_lives(pids))
 
 
+@pytest.mark.parametrize("backend", [*HERE[:3], pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_nothing_outlives_a_killed_launcher_whatever_it_starts(
+    backend: str, tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    words = [f"child={tmp_path}/child", "stubborn", f"ready={tmp_path}/ready", "sleep"]
+    process = started(small_job(tmp_path, *words, backend=backend))
+    wait_for(ranks_ready(tmp_path))
+    pids = pids_of(tmp_path) | set(descendants(process.pid))
+    assert len(pids) >= 6
+    process.kill()
+    process.wait(DEADLINE_SECONDS)
+    wait_for(lambda: none_lives(pids))
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_ctrl_c_during_the_start_ends_it_in_order(
+    backend: str, tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    process = started(small_job(tmp_path, f"child={tmp_path}/child", "sleep", backend=backend))
+    wait_for(lambda: descendants(process.pid))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE_SECONDS) == 75
+    assert "before training had begun" in (tmp_path / "log").read_text(encoding="utf-8")
+    assert none_lives(pids_of(tmp_path))
+
+
 def test_the_stop_file_reaches_ranks_that_no_signal_reaches(
     tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
@@ -157,9 +184,25 @@ def test_the_stop_file_reaches_ranks_that_no_signal_reaches(
     assert process.wait(DEADLINE_SECONDS) == 75
 
 
-def small_job(folder: Path, *words: str, restarts: int = 2, limit: str = "1h") -> list[str]:
+@pytest.mark.parametrize("options", [[], ["--no-check"]])
+def test_a_misspelt_key_is_told_before_the_start_and_by_the_rank(
+    options: list[str], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    values = ["name=x", "run=launch/recipes/quickstart.yaml", "gpus_per_node=2", "accelerator=cpu"]
+    values += [f"log_folder={tmp_path}/launch", "overrides=[optimizer.learning_rat=1e-3]"]
+    command = [sys.executable, "-m", "launch", *values, "--on", "local", *options]
+    written = jobs.run(command, log=tmp_path / "log", expected=64)
+    assert "did you mean optimizer.learning_rate?" in written
+    assert ("Likely cause: the configuration is wrong" in written) == bool(options)
+    assert (tmp_path / "launch").exists() == bool(options)  # without the check, ranks were started
+    told = written[written.index("Rank ") :] if options else written
+    record_property(f"After a misspelt key{', unchecked' if options else ''}", told)
+
+
+def small_job(folder: Path, *words: str, backend: str = "local", restarts: int = 2, limit: str = "1h") -> list[str]:
     """Two small ranks in the loop over starts."""
-    return [sys.executable, "-m", "tests.launch.small_job", str(folder / "status"), str(restarts), limit, *words]
+    start = [sys.executable, "-m", "tests.launch.small_job", str(folder / "status"), backend, str(restarts), limit]
+    return [*start, *words]
 
 
 def test_a_failure_that_a_new_start_mends_is_mended(tmp_path: Path) -> None:
