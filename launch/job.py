@@ -27,6 +27,7 @@ from pretrain.config_files import read_extended
 from pretrain.config_problems import problems_of
 from pretrain.config_section import Section
 from pretrain.doctor.hosts import Host, host_name_problem, read_hosts
+from pretrain.doctor.secrets import is_secret
 from pretrain.durations import duration_problem, parse_duration
 from pretrain.errors import ConfigError, Problem
 
@@ -124,6 +125,11 @@ def _problems(job: Job) -> Iterator[Problem]:
     for word in job.overrides:
         if not re.match(r"[A-Za-z_][\w.]*=", word):
             yield Problem(f"overrides: {word!r}", "section.key=value", "write it so")
+        elif is_secret("", word):
+            found = f"overrides: {word.partition('=')[0]} holds a secret, which everybody sees in the list of processes"
+            yield Problem(
+                found, "secrets in environment.secrets_file", "give the tracker's address there, as a variable"
+            )
 
 
 def _host_problems(job: Job) -> Iterator[Problem]:

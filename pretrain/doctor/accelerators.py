@@ -18,13 +18,15 @@ GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 GEMM_SECONDS = 0.5
 GOOD_SHARE_OF_PEAK = 0.6  # of a dense bf16 product this large; below it clocks, power or heat hold the GPU back
 ATTENTION_TOLERANCE = 2e-2  # bf16
+OPTIMIZER_TOLERANCE = 1e-5  # of fp32 weights near 1, after OPTIMIZER_STEPS
+OPTIMIZER_STEPS = 5
 
 
 def check_devices() -> Iterator[Finding]:
     """GPUs as the driver sees them."""
     if not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
-        yield Finding(name="GPUs", level="skipped", text=f"{reason}: clocks, memory errors and links were not checked")
+        yield Finding(name="GPUs", level="skipped", text=f"{reason}: driver, clocks, memory errors, links: not checked")
         return
     yield Finding(name="GPUs", level="green", text=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     try:
@@ -90,7 +92,7 @@ def check_attention() -> Iterator[Finding]:
     mask = torch.ones(64, 64, dtype=torch.bool, device=device).tril()
     expected = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value.float()
     got = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    yield _compared("sdpa", got, expected)
+    yield _compared("sdpa", got, expected, ATTENTION_TOLERANCE)
     if device.type == "cpu":
         yield Finding(name="flash-attn", level="skipped", text="no GPU; attention is torch's sdpa")
         return
@@ -101,14 +103,29 @@ def check_attention() -> Iterator[Finding]:
         yield Finding(name="flash-attn", level="yellow", text=f"not importable: {error}", fix=fix)
         return
     flash = flash_attn_func(*(part.transpose(1, 2) for part in (query, key, value)), causal=True)
-    yield _compared("flash-attn", flash.transpose(1, 2), expected)
+    yield _compared("flash-attn", flash.transpose(1, 2), expected, ATTENTION_TOLERANCE)
 
 
-def _compared(name: str, got: torch.Tensor, expected: torch.Tensor) -> Finding:
+def check_fused_optimizer() -> Iterator[Finding]:
+    """The optimizer step in one kernel gives what the step in many does."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = []
+    for is_fused in (True, False):
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.nn.Parameter(torch.rand(4097, generator=generator).to(device))
+        optimizer = torch.optim.AdamW([weight], lr=1e-2, fused=is_fused, foreach=False)
+        for _ in range(OPTIMIZER_STEPS):
+            weight.grad = torch.randn(4097, generator=generator).to(device)
+            optimizer.step()
+        weights.append(weight.detach())
+    yield _compared("fused AdamW", *weights, OPTIMIZER_TOLERANCE)
+
+
+def _compared(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Finding:
     difference = float((got.float() - expected).abs().max())
-    is_right = difference <= ATTENTION_TOLERANCE
+    is_right = difference <= tolerance
     fix = "" if is_right else "build it again for this torch and GPU: its numbers are wrong here"
-    text = f"differs from plain products by at most {difference:.1e}"
+    text = f"differs from the same in plain operations by at most {difference:.1e}"
     return Finding(name=name, level="green" if is_right else "red", text=text, fix=fix)
 
 

@@ -6,7 +6,7 @@ Every rank of a launcher calls; the first rank of a node looks at the node, the 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,8 @@ def examine(
         findings = [*run_checks(_node_checks(planned, check_hashes))] if place.local_rank == 0 else []
         if place.is_main_process and hostfile is not None:
             findings += run_checks({"hostfile": partial(access.check_hostfile, hostfile, ssh_config)})
+        if place.is_main_process:
+            findings += _left_out(has_run=run is not None, has_hostfile=hostfile is not None)
         # outside of run_checks: a collective that one rank leaves early would make the others wait
         findings += network.check_devices_against_each_other(place)
         findings += network.check_pairs(place)
@@ -70,6 +72,7 @@ def _node_checks(planned: tuple[RunConfig, RunPlan] | None, check_hashes: bool) 
         "compiler cache": partial(machine.check_compiler_cache, environment),
         "GPUs": accelerators.check_devices,
         "attention": accelerators.check_attention,
+        "fused AdamW": accelerators.check_fused_optimizer,
     }
     if planned is None:
         return checks | {"disk": partial(machine.check_disk, folder, None, 0)}
@@ -80,6 +83,15 @@ def _node_checks(planned: tuple[RunConfig, RunPlan] | None, check_hashes: bool) 
     checks["disk"] = partial(machine.check_disk, folder, needed, kept)
     checks["data"] = partial(access.check_data, config, vocabulary, check_hashes=check_hashes)
     return checks
+
+
+def _left_out(*, has_run: bool, has_hostfile: bool) -> Iterator[Finding]:
+    """What was not asked for: people must not take silence for health."""
+    if not has_run:
+        text = "no run was named: `pretrain doctor RUN.yaml` reads its data, and knows what checkpoints need"
+        yield Finding(name="data", level="skipped", text=text)
+    if not has_hostfile:
+        yield Finding(name="hostfile", level="skipped", text="none was named: --hostfile FILE asks each host over ssh")
 
 
 def _print_report(report: Sequence[Finding], nodes: int, place: Place) -> None:

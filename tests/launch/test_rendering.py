@@ -178,6 +178,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "misspelt key": (["gpus_per_nod=4"], "did you mean gpus_per_node?"),
     "misspelt section key": (["slurm.partitoin=x"], "did you mean slurm.partition?"),
+    "secret": (["overrides=['reporting.mlflow_uri=https://me:hidden@host']"], "reporting.mlflow_uri holds a secret"),
     "time": (["time_limit=soon"], "23:50:00"),
     "image that is an option": (["image=--privileged"], "image is '--privileged'"),
     "several settings of ZeRO": (["accelerate.zero_stage=1", "accelerate.deepspeed_config=a.json"], "both given"),

@@ -7,12 +7,14 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pretrain.doctor import accelerators, access, machine, network
 from pretrain.doctor.finding import Finding, merged, outliers, run_checks
 from pretrain.doctor.secrets import is_secret, without_secrets
+from tests.distributed.ranks import REPOSITORY
 from tests.launch import jobs
 
 DOCTOR = [sys.executable, "-m", "pretrain", "doctor"]
@@ -97,6 +99,41 @@ def test_attention_is_right_here_and_a_wrong_one_is_red(monkeypatch: pytest.Monk
     assert levels(list(accelerators.check_attention()))["sdpa"] == "red"
 
 
+def test_a_fused_optimizer_that_is_wrong_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert levels(list(accelerators.check_fused_optimizer()))["fused AdamW"] == "green"
+    right = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, fused, foreach: right(weights, lr=lr * (1 + fused)))
+    assert levels(list(accelerators.check_fused_optimizer()))["fused AdamW"] == "red"
+
+
+# what the issue of the doctor names, and what one process on a machine without GPUs says of it
+NAMED = {
+    *("versions", "GPUs", "sdpa", "flash-attn", "fused AdamW", "compiler cache", "shared memory", "open files"),
+    *("locked memory", "network", "matrix product", "disk speed", "disk space", "clocks of nodes", "data", "hostfile"),
+    "secrets",
+}
+
+
+def report_with_a_stale_lock(command: list[str], folder: Path) -> dict[str, Any]:
+    """The doctor's JSON where one thing is red for certain, whatever else this machine lacks."""
+    (folder / "cache/op").mkdir(parents=True)
+    (folder / "cache/op/lock").touch()
+    changes = {"TORCH_EXTENSIONS_DIR": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY)}
+    written = jobs.run([*command, "--json"], log=folder / "log", folder=folder, changes=changes, expected=None)
+    report: dict[str, Any] = json.loads(written[written.index("{\n") : written.rindex("\n}") + 2])
+    return report
+
+
+def test_one_process_says_something_of_every_check(tmp_path: Path) -> None:
+    report = report_with_a_stale_lock(DOCTOR, tmp_path)
+    assert {finding["name"] for finding in report["findings"]} == NAMED
+    assert all(finding["text"] for finding in report["findings"])
+    skipped = {finding["name"] for finding in report["findings"] if finding["level"] == "skipped"}
+    assert {"network", "clocks of nodes", "data", "hostfile"} <= skipped
+
+
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on() -> None:
     def broken() -> list[Finding]:
         raise OSError("no such device")
@@ -131,12 +168,7 @@ def test_what_only_looks_like_a_secret_is_none() -> None:
 @pytest.mark.ranks
 def test_two_ranks_measure_each_other_and_give_one_report(tmp_path: Path) -> None:
     command = ["torchrun", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={jobs.free_port()}"]
-    cache = tmp_path / "cache/op"
-    cache.mkdir(parents=True)
-    (cache / "lock").touch()
-    changes = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
-    written = jobs.run([*command, "-m", *DOCTOR[2:], "--json"], log=tmp_path / "log", changes=changes, expected=None)
-    report = json.loads(written[written.index("{\n") : written.rindex("\n}") + 2])
+    report = report_with_a_stale_lock([*command, "-m", *DOCTOR[2:]], tmp_path)
     assert (report["level"], report["ranks"]) == ("red", 2)
     by_name = {finding["name"]: finding for finding in report["findings"] if finding["level"] != "red"}
     assert list(by_name["network"]["values"]["bytes_per_second"]) != []
