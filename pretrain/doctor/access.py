@@ -46,7 +46,10 @@ def check_hostfile(path: Path, ssh_config: Path | None) -> Iterator[Finding]:
         yield Finding(name="hostfile", level="red", text=str(error), fix="check the path")
         return
     for problem in problems:
-        yield Finding(name="hostfile", level="red", text=problem.found, fix=problem.change)
+        text = f"{problem.found}; allowed: {problem.allowed}"
+        yield Finding(name="hostfile", level="red", text=text, fix=problem.change)
+    if not hosts:
+        return
     slots = sum(host.slots for host in hosts)
     yield Finding(name="hostfile", level="green", text=f"{len(hosts)} hosts, {slots} slots")
     with ThreadPoolExecutor(MOST_SESSIONS) as sessions:
