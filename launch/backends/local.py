@@ -51,7 +51,9 @@ def render_local(job: Job, place: Place) -> Rendering:
 
 def render_torchrun(job: Job, place: Place) -> Rendering:
     """Render the command that is started on each of several nodes."""
-    rank, address, port = own_node_rank(job, place), main_address(job), agreed_port(job)
+    rank, address = own_node_rank(job, place), main_address(job)
+    # alone, a node needs nobody's agreement, and must not meet another job of the same name on this machine
+    port = agreed_port(job) if job.nodes > 1 else job.port or free_port()
     hosts = job.named_hosts()
     local = ("--local-addr", hosts[rank].name) if hosts else ()
     words = (

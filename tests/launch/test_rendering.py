@@ -80,6 +80,14 @@ def test_torchrun_of_the_second_node_meets_the_first() -> None:
     assert "node-a:29511" in render(other, "torchrun", place).commands[0].words
 
 
+@pytest.mark.parametrize("backend", ["local", "torchrun", "deepspeed", "accelerate"])
+def test_jobs_of_one_name_on_one_node_do_not_meet(backend: str) -> None:
+    place = Place(working_folder=Path("/srv"), environment={}, travelling={})
+    job = read_job(None, [*BASE, "nodes=1"])
+    first, second = (list(render(job, backend, place).lines()) for _ in range(2))
+    assert first != second
+
+
 def test_deepspeed_gets_its_own_hostfile_and_a_private_file_of_variables() -> None:
     rendering = rendered("deepspeed", environment={"NCCL_DEBUG": "INFO", "UNRELATED": "x"})
     assert text_of(rendering, "hostfile") == "node-a slots=8\nnode-b slots=8\n"
