@@ -109,7 +109,7 @@ def check_attention() -> Iterator[Finding]:
 def check_fused_optimizer() -> Iterator[Finding]:
     """The optimizer step in one kernel gives what the step in many does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = []
+    weights: dict[bool, torch.Tensor] = {}
     for is_fused in (True, False):
         generator = torch.Generator().manual_seed(1)
         weight = torch.nn.Parameter(torch.rand(4097, generator=generator).to(device))
@@ -117,8 +117,8 @@ def check_fused_optimizer() -> Iterator[Finding]:
         for _ in range(OPTIMIZER_STEPS):
             weight.grad = torch.randn(4097, generator=generator).to(device)
             optimizer.step()
-        weights.append(weight.detach())
-    yield _compared("fused AdamW", *weights, OPTIMIZER_TOLERANCE)
+        weights[is_fused] = weight.detach()
+    yield _compared("fused AdamW", weights[True], weights[False], OPTIMIZER_TOLERANCE)
 
 
 def _compared(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Finding:
