@@ -157,9 +157,8 @@ def _division_problems(batch: BatchSection, data_parallel_size: int) -> Iterator
         below, above = size // rows * rows, _divide_up(size, rows) * rows
         nearest = f"{below} or {above}" if below else str(above)
         nearer = below if below and size - below < above - size else above
-        yield Problem(
-            found, f"a multiple of {rows}: {nearest}", f"set {place}={nearer}{_micro_batch_hint(size, rows, batch)}"
-        )
+        kept = _micro_batch_hint(size, rows, batch) + _rank_hint(size, batch.micro_batch_size, data_parallel_size)
+        yield Problem(found, f"a multiple of {rows}: {nearest}", f"set {place}={nearer}{kept}")
 
 
 def _micro_batch_hint(size: int, rows: int, batch: BatchSection) -> str:
@@ -169,6 +168,15 @@ def _micro_batch_hint(size: int, rows: int, batch: BatchSection) -> str:
         if size % (candidate * data_parallel_size) == 0:
             return f", or batch.micro_batch_size={candidate}"
     return ""
+
+
+def _rank_hint(size: int, micro_batch_size: int, data_parallel_size: int) -> str:
+    """The nearest numbers of ranks that keep both batches as they are, as a run wants that goes on elsewhere."""
+    legal = [ranks for ranks in range(1, size // micro_batch_size + 1) if size % (micro_batch_size * ranks) == 0]
+    below = [ranks for ranks in legal if ranks < data_parallel_size][-1:]
+    above = [ranks for ranks in legal if ranks > data_parallel_size][:1]
+    nearest = " or ".join(map(str, below + above))
+    return f", or start {nearest} data-parallel ranks, which leaves the batch as it is" if nearest else ""
 
 
 def _build_stages(batch: BatchSection) -> tuple[Stage, ...]:

@@ -48,6 +48,7 @@ def train_parts(parts: RunParts, checkpoint: Checkpoint | None) -> Progress:
         if parts.copies:
             closing.callback(parts.copies.close)
         progress = replace(restore_run(parts, checkpoint), skipped_windows=parts.rows.skipped)
+        parts.store.reserve(parts.engine.parameter_shapes(), parts.place.device)
         world_size = parts.place.world_size
         parts.ledger.start(step=progress.step, launched_at=distributed.launched_at(), world_size=world_size)
         closing.callback(lambda: parts.ledger.end(outcome))

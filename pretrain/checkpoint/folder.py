@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from pretrain.checkpoint.durable import replace_durably, sync_folder
@@ -100,6 +101,19 @@ def delete(path: Path) -> None:
     doomed = path.with_name(_DELETED + path.name.removeprefix(_REPLACED))
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def mend_pointers(folder: Path) -> None:
+    """Let `latest` and `best` name what they would, had no kill come between a publication and its pointers."""
+    good = []
+    for path in list_checkpoints(folder):
+        with suppress(CheckpointError):
+            good.append((path, read_manifest(path).is_best))
+    wanted = {LATEST: [path for path, _ in good], BEST: [path for path, is_best in good if is_best]}
+    for pointer, paths in wanted.items():
+        (folder / f".{pointer}.new").unlink(missing_ok=True)  # see replace_durably
+        if paths and follow(folder, pointer) != paths[-1]:
+            point(folder, pointer, paths[-1])
 
 
 def clean_leftovers(folder: Path) -> None:

@@ -20,7 +20,8 @@ from pretrain.errors import CheckpointError, Problem
 
 FORMAT = "athanor-fragments-1"
 ITEM_BYTES = 4  # fp32
-BLOCK_BYTES = 8 << 20  # hashed, written and read at one time
+BLOCK_BYTES = 8 << 20  # written at one time
+HASHED_BYTES = 1 << 20  # read and hashed at one time: it stays in the processor's cache
 LONGEST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -162,7 +163,7 @@ def read_fragment_table(path: Path) -> list[StoredFragment]:
 def hash_file(path: Path) -> str:
     """xxh3-128 of a whole file, in hexadecimal, a block at a time."""
     digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(BLOCK_BYTES))
+    buffer = memoryview(bytearray(HASHED_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

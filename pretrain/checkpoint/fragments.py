@@ -64,7 +64,7 @@ class LogicalState(Protocol):
     def read_run(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
         """Elements [start, start + count) of the flattened whole tensor, (count,) fp32, on the CPU."""
 
-    def read_box_run(
-        self, name: str, kind: str, box: tuple[tuple[int, int], ...], start: int, count: int
-    ) -> torch.Tensor:
-        """Elements [start, start + count) of a flattened box of the tensor, (count,) fp32, on the CPU."""
+    def read_into(
+        self, target: torch.Tensor, name: str, kind: str, box: tuple[tuple[int, int], ...], start: int
+    ) -> None:
+        """Fill a tensor, of any shape, type and device, with a flattened box's elements from `start` on."""

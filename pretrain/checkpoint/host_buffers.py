@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from threading import Thread
 
 import torch
 
@@ -34,6 +35,29 @@ class HostBuffers:
     def __init__(self, block_bytes: int) -> None:
         self._elements = max(1, block_bytes // ITEM_BYTES)
         self._buffers: list[torch.Tensor] = []
+        self._reserving: Thread | None = None
+
+    def reserve(self, elements: int, device: torch.device) -> None:
+        """Allocate memory for so many elements in a thread, every page of it touched; a first copy waits for that."""
+        self._reserving = Thread(target=self._reserve, args=(elements, device), name="checkpoint-memory", daemon=True)
+        self._reserving.start()
+
+    def wait_until_reserved(self) -> None:
+        """Wait for the thread of `reserve`, if there is one."""
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
+
+    def _reserve(self, elements: int, device: torch.device) -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # of this thread, which would else open the first GPU as well
+            for first in range(0, elements, self._elements):
+                buffer = _allocate(self._elements, pinned=device.type == "cuda")
+                buffer[: elements - first].zero_()
+                self._buffers.append(buffer)
+        except (MemoryError, RuntimeError) as error:  # the first save tries again, and tells of it
+            logger.warning("no memory for saves at the start: %s", error)
 
     def copy(self, fragments: Iterable[Fragment]) -> list[Block]:
         """Copy everything; the blocks are valid until the next call."""
@@ -44,6 +68,7 @@ class HostBuffers:
         return self._blocks(fragments, reuse=True)
 
     def _blocks(self, fragments: Iterable[Fragment], *, reuse: bool) -> Iterator[Block]:
+        self.wait_until_reserved()
         number, used, is_cuda = 0, 0, False
         records: list[FragmentRecord] = []
         for fragment in fragments:

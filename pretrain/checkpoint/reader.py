@@ -40,6 +40,7 @@ class Checkpoint:
         self._pieces = read_pieces(path, self.manifest)
         self._files: OrderedDict[Path, int] = OrderedDict()
         self._readers: ThreadPoolExecutor | None = None
+        self._kept_values = torch.empty(0)
 
     @property
     def scalars(self) -> dict[str, Any]:
@@ -77,10 +78,17 @@ class Checkpoint:
 
     def read_run(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
         """Elements [start, start + count) of the flattened whole tensor, (count,) fp32, on the CPU."""
-        return self.read_box_run(name, kind, whole_box(self.shape(name)), start, count)
+        values = torch.empty(count, dtype=torch.float32)
+        self.read_into(values, name, kind, whole_box(self.shape(name)), start)
+        return values
 
-    def read_box_run(self, name: str, kind: str, box: Box, start: int, count: int) -> torch.Tensor:
-        """Elements [start, start + count) of a flattened box of the tensor, (count,) fp32, on the CPU."""
+    def read_into(self, target: torch.Tensor, name: str, kind: str, box: Box, start: int) -> None:
+        """Fill a tensor, of any shape, type and device, with a flattened box's elements from `start` on.
+
+        Fresh memory is slower to fill than a disk is to read: contiguous fp32 tensors of the host are read into, all
+        others are copied from memory that is kept until `close`.
+        """
+        count = target.numel()
         assert 0 <= start <= start + count <= element_count(lengths(box)), f"{name}: run beyond the box"
         assert intersect(box, whole_box(self.shape(name))) in (box, None), f"{name}: box beyond the tensor"
         pieces = self._pieces.get((name, kind))
@@ -92,10 +100,12 @@ class Checkpoint:
                     "use a checkpoint that was written for resuming",
                 )
             )
-        values = torch.empty(count, dtype=torch.float32)
+        is_read_into = target.device.type == "cpu" and target.dtype == torch.float32 and target.is_contiguous()
+        values = target.detach().view(-1) if is_read_into else self._kept(count)
         for piece in pieces or () if count else ():
             self._copy_common(piece, box, start, values)
-        return values
+        if not is_read_into:
+            target.copy_(values.view(target.shape))
 
     def require_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a checkpoint whose parameters are not those of the model.
@@ -123,7 +133,8 @@ class Checkpoint:
             )
 
     def close(self) -> None:
-        """Close the files that reading opened."""
+        """Close the files that reading opened, and give back the memory."""
+        self._kept_values = torch.empty(0)
         if self._readers is not None:
             self._readers.shutdown()
             self._readers = None
@@ -135,6 +146,11 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _kept(self, count: int) -> torch.Tensor:
+        if self._kept_values.numel() < count:
+            self._kept_values = torch.empty(count, dtype=torch.float32)
+        return self._kept_values[:count]
 
     def _copy_common(self, piece: StoredFragment, box: Box, start: int, values: torch.Tensor) -> None:
         """Copy what a stored fragment and the wanted run of a box share; both are at most a few rectangles."""

@@ -92,6 +92,7 @@ class RunLock:
                         "wait for it or stop it; or choose another name or run_folder",
                     )
                 )
+        self._remove_leftovers()
         Thread(target=self._beat, name="run-lock", daemon=True).start()
 
     def is_held(self) -> bool:
@@ -176,6 +177,8 @@ class RunLock:
             return
         try:
             taken = json.loads(aside.read_text(encoding="utf-8")).get("token")
+        except FileNotFoundError:  # tidied away by the run that holds the folder now
+            return
         except ValueError:
             taken = None
         if taken != holder["token"]:
@@ -183,7 +186,21 @@ class RunLock:
                 os.link(aside, self._path)
             except FileExistsError:
                 logger.warning("%s: three runs at once; one of them finds that it lost the folder", self._path)
-        aside.unlink()
+        aside.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """What processes left that died in the instant in which they made or took a lock; a living one's stays."""
+        for path in self._path.parent.glob(f".{LOCK_NAME}.*"):
+            try:
+                age = self._path.stat().st_mtime - path.stat().st_mtime  # both by the file system's clock
+                holder = json.loads(path.read_text(encoding="utf-8"))
+                is_dead = holder["host"] == _this_process()["host"] and not _is_alive(holder)
+            except (ValueError, KeyError, TypeError):
+                is_dead = False  # it died before it wrote, or is about to
+            except OSError:
+                continue  # its owner has removed it by now
+            if is_dead or age > self._stale_seconds:
+                path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._heartbeat_seconds):

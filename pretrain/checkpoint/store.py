@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pretrain.checkpoint.agreement import StorageError, describe_fault, fail_together, raise_together
 from pretrain.checkpoint.folder import (
     BEST,
@@ -22,6 +24,7 @@ from pretrain.checkpoint.folder import (
     clean_leftovers,
     follow,
     list_checkpoints,
+    mend_pointers,
     staging_path,
 )
 from pretrain.checkpoint.fragment_file import ITEM_BYTES, WrittenFile
@@ -103,6 +106,21 @@ class CheckpointStore:
     def best(self) -> Path | None:
         """The checkpoint that the pointer `best` names."""
         return follow(self.folder, BEST)
+
+    def reserve(self, parameters: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        """Allocate the memory of saves in a thread, which the first one would else wait for.
+
+        What ranks hold differs by a little: the rest, or all where memory is short now, is the first save's to find.
+
+        Args:
+            parameters: shape of every parameter by name.
+            device: of the state; memory for GPUs is page-locked.
+        """
+        if not self._asynchronous:
+            return
+        self._buffers = HostBuffers(min(self._file_bytes, _needed_bytes(parameters)))
+        share = -(-_needed_bytes(parameters) // (ITEM_BYTES * world_size()))
+        self._buffers.reserve(share, device)
 
     def begin(
         self,
@@ -200,6 +218,7 @@ class CheckpointStore:
         with fail_together("cleaning up after a killed run", "a folder that can be written", "check the run folder"):
             if rank() == 0 and self.folder.is_dir():
                 clean_leftovers(self.folder)
+                mend_pointers(self.folder)
 
     def newest_valid(self) -> Checkpoint | None:
         """The last written checkpoint whose every byte verifies; those rejected are logged. Every rank must call."""

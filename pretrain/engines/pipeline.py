@@ -222,7 +222,7 @@ class PipelineEngine:
         held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs()
         for run in held:
             for kind in KINDS:
-                run.tensors[kind].copy_(state.read_box_run(run.name, kind, run.box, run.start, run.count))
+                state.read_into(run.tensors[kind], run.name, kind, run.box, run.start)
         self._state.publish_masters()
 
     def close(self) -> None:

@@ -126,7 +126,7 @@ class PlainEngine:
         self._gate.restore(state.scalars)
         steps = float(state.scalars["optimizer_steps"])
         for name, weight in (self._masters.by_name if self._masters else self._weights).items():
-            weight.copy_(state.read(name, MASTER))
+            state.read_into(weight, name, MASTER, whole_box(tuple(weight.shape)), 0)
             moments = {kind: state.read(name, kind).to(self._device, torch.float32) for kind in KINDS if kind != MASTER}
             self._optimizer.state[weight] = {"step": torch.tensor(steps, device=self._device), **moments}
         if self._masters:

@@ -219,8 +219,7 @@ class ZeroEngine:
         held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs()
         for run in held:
             for kind in KINDS:
-                values = state.read_box_run(run.name, kind, run.box, run.start, run.count)
-                run.tensors[kind].copy_(values)
+                state.read_into(run.tensors[kind], run.name, kind, run.box, run.start)
         self._state.publish_masters()
         for key, value in state.scalars.get("loss_scaler", {}).items():
             setattr(self._engine.optimizer.loss_scaler, key, value)

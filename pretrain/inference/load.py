@@ -23,7 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pretrain.checkpoint.fragments import MASTER
+from pretrain.checkpoint.fragments import MASTER, whole_box
 from pretrain.checkpoint.inspection import open_verified, select_checkpoint
 from pretrain.checkpoint.manifest import MANIFEST_NAME
 from pretrain.checkpoint.reader import Checkpoint
@@ -86,7 +86,7 @@ def load_network(
     weights = dict(network.named_parameters())
     checkpoint.require_model({name: tuple(weight.shape) for name, weight in weights.items()})
     for name, weight in weights.items():
-        weight.copy_(checkpoint.read(name, MASTER))
+        checkpoint.read_into(weight, name, MASTER, whole_box(tuple(weight.shape)), 0)
     return network.eval()
 
 

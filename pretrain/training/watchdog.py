@@ -125,7 +125,11 @@ class Watchdog:
         answer.start()
         answer.join(2 * ANSWER_SECONDS)
         if answer.is_alive():
-            logger.error("%s; no other rank can be asked why. Stacks: %s", found, path)
+            logger.error(
+                "%s; no other rank can be asked why: the store of rank 0 or the launcher is silent. Stacks: %s",
+                found,
+                path,
+            )
         for handler in logging.getLogger().handlers:
             handler.flush()
         self._leave(ExitCode.HANG)

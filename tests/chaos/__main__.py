@@ -10,9 +10,10 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from tests.chaos.report import HEADING, report_lines
+from tests.chaos.report import add_outcome, report_lines
 from tests.chaos.session import COUNTS, run_cases
 
 
@@ -24,20 +25,22 @@ def main() -> int:
     parser.add_argument("--count", type=int, help="cases of each kind; default: those of the full table")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work here, and keep what well-ended cases leave")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the table here as well, with its date")
+    parser.add_argument("--outcomes", type=Path, metavar="FILE", help="add every outcome here, for tests.chaos.report")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seed = options.seed if options.seed is not None else int(time.time()) % 1_000_000
     folder = options.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     counts = {kind: options.count or COUNTS[kind] for kind in options.kind or COUNTS}
-    began = time.monotonic()
     outcomes = run_cases(
-        folder, counts, first_seed=seed, jobs=options.jobs, tell=print, keeps_all=options.keep is not None
+        folder,
+        counts,
+        first_seed=seed,
+        jobs=options.jobs,
+        tell=partial(print, flush=True),
+        keep=partial(add_outcome, options.outcomes) if options.outcomes else lambda outcome: None,
+        keeps_all=options.keep is not None,
     )
-    lines = report_lines(outcomes, seed=seed, seconds=time.monotonic() - began)
-    print("\n".join(lines))
-    if options.report:
-        options.report.write_text("\n".join([*HEADING, *lines]) + "\n", encoding="utf-8")
+    print("\n".join(report_lines(outcomes)))
     failed = any(outcome.problems for outcome in outcomes)
     if failed:
         print(f"logs and run folders of what failed: {folder / 'cases'}")

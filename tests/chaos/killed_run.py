@@ -56,7 +56,6 @@ def train_with_kills(folder: Path, *, seed: int) -> KilledRun:
         "checkpoint": {"every_steps": SAVE_EVERY},
         "evaluation": {"every_steps": 20, "max_rows": 16},
         "parallel": {"zero_stage": 1},
-        "precision": "bf16",
     }
     whole = jobs.write_tiny_run(folder / "whole.yaml", data=dataset, **sections)
     killed = jobs.write_tiny_run(folder / "killed.yaml", data=dataset, **sections)

@@ -34,7 +34,7 @@ class Layout:
 
 LAYOUTS = (
     Layout("plain", 1, ("parallel.engine=plain",), 12),
-    Layout("ZeRO 1 x 2", 2, ("parallel.engine=zero", "parallel.zero_stage=1", "precision=bf16"), 3),
+    Layout("ZeRO 1 x 2", 2, ("parallel.engine=zero", "parallel.zero_stage=1"), 3),
     Layout("ZeRO 2 x 2", 2, ("parallel.engine=zero", "parallel.zero_stage=2"), 3),
     Layout("ZeRO 3 x 2", 2, ("parallel.engine=zero", "parallel.zero_stage=3"), 2),
     Layout("pipeline 2", 2, ("parallel.pipeline=2",), 2),

@@ -1,11 +1,21 @@
-"""The table of a session as Markdown: what was done how often, and what came of it."""
+"""The table of many cases as Markdown: what was done how often, and what came of it.
+
+    python -m tests.chaos.report OUTCOMES.jsonl > tests/chaos/REPORT.md
+
+Outcomes of several sessions add up: `python -m tests.chaos --outcomes OUTCOMES.jsonl` appends to the file.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
+from itertools import groupby
+from pathlib import Path
 
 from tests.chaos.case import DIFFERENT, HANG, LOST, OTHER, UNDETECTED
 from tests.chaos.session import Outcome
@@ -13,10 +23,12 @@ from tests.chaos.session import Outcome
 HEADING = (
     "# What was done to runs, and what came of it",
     "",
-    "Written by `python -m tests.chaos --report tests/chaos/REPORT.md`. Each case is a real run of a tiny model on CPU",
-    "ranks: plain, ZeRO 1 to 3, a pipeline, DDP or FSDP2. It is harmed, started again, and must end with the weights,",
-    "moments and metrics of a run that nobody touched, equal to the last bit. *undetected* counts damage that no check",
-    "named, *other end* runs that ended with other numbers, *other* wrong exit codes, messages and leftovers.",
+    "Written by `python -m tests.chaos.report`. Each case is a real run of a tiny model on CPU ranks: plain, ZeRO 1 to",
+    "3, a pipeline, DDP or FSDP2. It is harmed, started again, and must end with the weights, moments and metrics of a",
+    "run that nobody touched, equal to the last bit (closely, where it goes on with another layout). *undetected*",
+    "counts damage that no check named, *other end* runs that ended with other numbers, *other* wrong exit codes,",
+    "messages and leftovers. *faults* counts the harm that was done: a time drawn for a kill may lie behind the end of",
+    "a run. `python -m tests.chaos --kind KIND --seed SEED --count 1` is any of these cases again.",
     "",
 )
 COLUMNS = {
@@ -28,17 +40,18 @@ COLUMNS = {
 }
 
 
-def report_lines(outcomes: Sequence[Outcome], *, seed: int, seconds: float) -> list[str]:
-    """One line a kind and group, a sum, and each case that failed with the command that runs it again."""
+def report_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """One line a kind and group, sums, the seeds, and each case that failed with the command that runs it again."""
     lines = [
         f"| harm | where | cases | faults | {' | '.join(COLUMNS.values())} |",
         f"|---|---|---:|---:|{'---:|' * len(COLUMNS)}",
     ]
-    keys = sorted({(outcome.kind, outcome.group) for outcome in outcomes})
-    for kind, group in keys:
-        lines.append(_row(kind, group, [one for one in outcomes if (one.kind, one.group) == (kind, group)]))
-    lines.append(_row("all", "", outcomes))
-    lines += ["", _origin(outcomes, seed, seconds)]
+    for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
+        of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
+        for group in sorted({outcome.group for outcome in of_kind}):
+            lines.append(_row(kind, group, [outcome for outcome in of_kind if outcome.group == group]))
+        lines.append(_row(f"**{kind}**", "**all**", of_kind))
+    lines += [_row("**all**", "", outcomes), "", *_origin(outcomes)]
     for outcome in outcomes:
         if outcome.problems:
             lines += [
@@ -49,13 +62,44 @@ def report_lines(outcomes: Sequence[Outcome], *, seed: int, seconds: float) -> l
     return lines
 
 
+def add_outcome(file: Path, outcome: Outcome) -> None:
+    """Append a line."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+
+
+def read_outcomes(file: Path) -> list[Outcome]:
+    """What sessions have added; of a case that ran again, the last."""
+    newest: dict[tuple[str, int], Outcome] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        problems = tuple((category, sentence) for category, sentence in values.pop("problems"))
+        outcome = Outcome(**values, problems=problems)
+        newest[outcome.kind, outcome.seed] = outcome
+    return [newest[key] for key in sorted(newest)]
+
+
 def _row(kind: str, group: str, outcomes: Sequence[Outcome]) -> str:
     counts = [sum(any(found == category for found, _ in one.problems) for one in outcomes) for category in COLUMNS]
     faults = sum(outcome.faults for outcome in outcomes)
     return f"| {kind} | {group} | {len(outcomes)} | {faults} | {' | '.join(map(str, counts))} |"
 
 
-def _origin(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
+def _origin(outcomes: Sequence[Outcome]) -> Iterator[str]:
     date = datetime.now(timezone.utc).date().isoformat()
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch on CPU, gloo"
-    return f"{date}, seeds from {seed}, {len(outcomes)} cases in {seconds:.0f} s on {machine}."
+    hours = sum(outcome.seconds for outcome in outcomes) / 3600
+    yield f"{date}, {len(outcomes)} cases, {hours:.1f} hours of runs, on {machine}. Seeds:"
+    for kind, of_kind in groupby(outcomes, key=lambda outcome: outcome.kind):
+        yield f"- {kind}: {', '.join(_ranges([outcome.seed for outcome in of_kind]))}"
+
+
+def _ranges(numbers: Sequence[int]) -> Iterator[str]:
+    """Neighbours as one range."""
+    for _, members in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in members]
+        yield str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}"
+
+
+if __name__ == "__main__":
+    print("\n".join([*HEADING, *report_lines(read_outcomes(Path(sys.argv[1])))]))

@@ -22,7 +22,6 @@ from pretrain.reporting.metrics_file import FILE_NAME, read_metrics
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped", "validation/main/loss")
 TOLD = {"loss", "validation/main/loss"}
 TIMELESS_SCALARS = ("step", "samples_consumed", "tokens_seen", "skipped_steps", "best_step")
-PASSING_LOCK = ".run.lock."  # a kill in the instant in which a lock is made or taken leaves this small file for good
 PUBLISHING = re.compile(r"rename checkpoints/\.staging-step-(\d+)$")
 
 
@@ -99,7 +98,7 @@ def find_leftovers(run_folder: Path) -> list[str]:
     return sorted(
         str(path.relative_to(run_folder))
         for path in [*run_folder.iterdir(), *(run_folder / "checkpoints").iterdir()]
-        if (path.name.startswith(".") and not path.name.startswith(PASSING_LOCK)) or path.suffix == ".cut"
+        if path.name.startswith(".") or path.suffix == ".cut"
     )
 
 

@@ -45,9 +45,13 @@ def run_cases(
     first_seed: int,
     jobs: int,
     tell: Callable[[str], None],
+    keep: Callable[[Outcome], None] = lambda outcome: None,
     keeps_all: bool = False,
 ) -> list[Outcome]:
-    """Run the cases, some at a time; folders of those that ended well are removed, unless all are kept."""
+    """Run the cases, some at a time; folders of those that ended well are removed, unless all are kept.
+
+    `tell` and `keep` are called after each case: what a session that is stopped has found out is not lost.
+    """
     counts = dict(counts)
     if "full-disk" in counts and (reason := full_disk.reason_to_skip()):
         tell(f"full-disk: left out, {reason}")
@@ -64,6 +68,7 @@ def run_cases(
             for future in waiting:
                 outcome = future.result()
                 tell(_line(outcome))
+                keep(outcome)
                 outcomes.append(outcome)
         finally:  # told to stop: cases under way end and unmount their disks, the others never begin
             threads.shutdown(cancel_futures=True)

@@ -48,6 +48,7 @@ def test_every_problem_is_reported_with_the_nearest_sizes() -> None:
     assert len(caught.value.problems) == 4
     assert "batch.global_batch_size=18" in text
     assert "a multiple of 6: 12 or 18" in text
+    assert "or start 2 or 4 data-parallel ranks" in text
     assert "more than 800" in text
     assert "batch.ramp[1].global_batch_size is 20 rows" in text
     assert "set batch.ramp[1].global_batch_size below 16" in text

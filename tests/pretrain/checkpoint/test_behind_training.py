@@ -181,6 +181,19 @@ def test_a_fault_of_one_rank_comes_up_on_all_at_the_same_step(tmp_path: Path, ra
     assert (saved.step, saved.path) == (7, tmp_path / "step-00000007")
 
 
+def test_memory_is_reserved_before_the_first_save(tmp_path: Path) -> None:
+    checkpoints = CheckpointStore(tmp_path, file_bytes=256)
+    state = make_state(1)
+    checkpoints.reserve({name: tuple(tensor.shape) for (name, _), tensor in state.items()}, torch.device("cpu"))
+    buffers = checkpoints._buffers
+    assert buffers is not None
+    buffers.wait_until_reserved()
+    reserved = [buffer.data_ptr() for buffer in buffers._buffers]
+    assert len(reserved) == -(-sum(tensor.numel() for tensor in state.values()) // 64)
+    save_state(checkpoints, 1, state)
+    assert [buffer.data_ptr() for buffer in buffers._buffers] == reserved
+
+
 def test_memory_is_that_of_one_save(tmp_path: Path) -> None:
     checkpoints = CheckpointStore(tmp_path, file_bytes=256)
     state = make_state(1)

@@ -76,8 +76,10 @@ def test_any_run_of_any_box_is_read_from_any_cut(tmp_path_factory: pytest.TempPa
             wanted = tensor[tuple(slice(*side) for side in sides)].reshape(-1)
             start = up_to(wanted.numel())
             count = up_to(wanted.numel() - start)
-            found = checkpoint.read_box_run(name, kind, tuple(sides), start, count)
-            assert torch.equal(found, wanted[start : start + count]), (name, sides, start, count)
+            # read into as it is, through another type, and into places that are not neighbours
+            for found in (torch.zeros(count), torch.zeros(count, dtype=torch.float64), torch.zeros(count, 2)[:, 0]):
+                checkpoint.read_into(found, name, kind, tuple(sides), start)
+                assert torch.equal(found.float(), wanted[start : start + count]), (name, sides, start, count)
 
 
 def test_the_safetensors_library_reads_the_files(tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def test_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_the_dead_left_beside_the_lock_is_tidied_away(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "other"):
+        living = json.loads((tmp_path / "other" / LOCK_NAME).read_text())
+    dead = living | {"started": 0.0}
+    for name, text in {"dead": json.dumps(dead), "living": json.dumps(living), "young": "", "old": ""}.items():
+        (tmp_path / f".{LOCK_NAME}.{name}").write_text(text)
+    os.utime(tmp_path / f".{LOCK_NAME}.old", (0, 0))
+    with RunLock(tmp_path):
+        assert {path.name for path in tmp_path.glob(".*")} == {f".{LOCK_NAME}.living", f".{LOCK_NAME}.young"}
+
+
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path: Path) -> None:
     held = RunLock(tmp_path)
     held.acquire()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoint import durable, fragment_file, manifest, retention, store
+from pretrain.checkpoint.folder import follow
 from pretrain.checkpoint.fragments import Fragment
 from pretrain.checkpoint.store import CheckpointStore
 from pretrain.errors import CheckpointError
@@ -137,7 +138,7 @@ def save_and_die(folder: Path, step: int, act: int) -> int:
     if child == 0:
         with pytest.MonkeyPatch.context() as patch:
             count_writes(patch, act, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            save_state(CheckpointStore(folder, file_bytes=300, keep_last=1), step, make_state(2))
+            save_state(CheckpointStore(folder, file_bytes=300, keep_last=1), step, make_state(2), is_best=True)
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
@@ -150,11 +151,15 @@ def test_a_kill_at_any_act_of_a_save_leaves_a_whole_checkpoint(
     position, status = 0, -1
     while status != 0:
         place = tmp_path / str(position)
-        save_state(CheckpointStore(place, file_bytes=300), 1, make_state(1))
+        save_state(CheckpointStore(place, file_bytes=300), 1, make_state(1), is_best=True)
         status = save_and_die(place, 1 if same_step else 2, position)
         newest = CheckpointStore(place).newest_valid()
         assert newest is not None, f"nothing is left after a kill at act {position}"
         assert_holds(newest, make_state(newest.manifest.sequence))
+        started = CheckpointStore(place)
+        started.clean()
+        assert not list(place.glob(".*"))
+        assert [follow(place, pointer) for pointer in ("latest", "best")] == [started.list()[-1]] * 2
         save_state(CheckpointStore(place), 3, make_state(3))  # and what is left is no obstacle
         assert not list(place.glob(".*"))
         position += 1
