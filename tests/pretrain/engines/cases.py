@@ -16,10 +16,16 @@ from pretrain.compatibility import choose_engine
 from pretrain.config import RunConfig
 from pretrain.engines.base import Engine
 from pretrain.engines.build import build_engine
+from pretrain.engines.deepspeed_config import read_deepspeed_file
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.topology import Topology, build_topology
+from tests.distributed.ranks import REPOSITORY
 
+DS_CONFIGS = REPOSITORY / "ds_configs"
+REFUSED_FILES = {"offload-nvme.json"}  # see pretrain/compatibility.py
+# in elements, of DeepSpeed's files
+SIZES = ("bucket_size", "sub_group_size", "max_live_parameters", "max_reuse_distance", "persistence_threshold")
 VOCABULARY = 512
 SEQUENCE_LENGTH = 48
 STEPS = 5
@@ -51,6 +57,8 @@ class Case:
     data_parallel: str = "replicate"
     offload_optimizer: str = "none"
     offload_parameters: str = "none"
+    ds_config: str = ""  # a file of ds_configs
+    sizes_divided_by: int = 1  # the file's: a small model then fills as many buckets as a large one does
     recomputation: str = "none"
     recompute_every: int = 1
     compile: bool = False
@@ -95,7 +103,10 @@ class Case:
                 "schedule": {"total_steps": STEPS},
                 "loss": {"z_loss": self.z_loss},
                 "precision": self.precision,
-                "parallel": {key: getattr(self, key) for key in PARALLEL_KEYS},
+                "parallel": {
+                    **{key: getattr(self, key) for key in PARALLEL_KEYS},
+                    "deepspeed_config": str(DS_CONFIGS / self.ds_config) if self.ds_config else None,
+                },
                 "execution": {
                     "recomputation": self.recomputation,
                     "recompute_every": self.recompute_every,
@@ -103,6 +114,15 @@ class Case:
                 },
             }
         )
+
+    @property
+    def file_values(self) -> dict[str, Any]:
+        """What the DeepSpeed file says."""
+        values = read_deepspeed_file(DS_CONFIGS / self.ds_config) if self.ds_config else {}
+        section = values.get("zero_optimization", {})
+        for key in [key for key in section if key.endswith(SIZES)]:
+            section[key] //= self.sizes_divided_by
+        return values
 
     @property
     def accumulation(self) -> int:
@@ -151,7 +171,7 @@ def start_engine(case: Case) -> Engine:
         torch.device("cpu"),
         topology=case.topology,
         accumulation=case.accumulation,
-        file_values={},
+        file_values=case.file_values,
     )
 
 

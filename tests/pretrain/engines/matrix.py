@@ -56,6 +56,7 @@ class Cell:
             (engine, "accumulates", case.global_batch_size > case.micro_batch_size * self.ranks),
             (engine, "batch ramp", case.small_steps > 0),
             (engine, "sizes that do not divide", bool(case.model) and not shared),
+            ("file", case.ds_config, case.zero_stage, case.sizes_divided_by > 1),
         }
 
 
@@ -343,6 +344,40 @@ def _offload_cells() -> list[Cell]:
     ]
 
 
+LARGE = 50_000  # so many times fewer parameters have these cases than 7 billion
+
+
+def _file_cells() -> list[Cell]:
+    """Every shipped DeepSpeed file as it is, and with buckets as full as a model of 7 billion parameters fills them."""
+    zero = Case(engine="zero")
+    away = replace(zero, ds_config="offload-cpu.json", offload_optimizer="cpu")
+    large_away = replace(away, sizes_divided_by=LARGE, micro_batch_size=2)
+    long_rows = Case(sequence=2, zero_stage=3, recomputation="full", ds_config="long-sequence.json")
+    piped = Case(pipeline=2, micro_batch_size=2, ds_config="pipeline.json")
+    copies = replace(zero, zero_stage=3, ds_config="zeropp.json", micro_batch_size=1)
+    by_stage = [replace(zero, zero_stage=stage, ds_config=f"zero{stage}.json") for stage in (0, 1, 2, 3)]
+    cells = [Cell(2, case) for case in by_stage]
+    cells += [
+        Cell(2, replace(case, sizes_divided_by=LARGE, micro_batch_size=2, small_steps=2)) for case in by_stage[1:]
+    ]
+    cells += [Cell(2, replace(away, zero_stage=stage)) for stage in (1, 2)]
+    cells += [
+        Cell(2, replace(away, zero_stage=3, offload_parameters="cpu")),
+        Cell(2, replace(large_away, zero_stage=2)),
+        Cell(2, replace(large_away, zero_stage=3, offload_parameters="cpu")),
+        Cell(2, long_rows),
+        Cell(2, replace(long_rows, sizes_divided_by=LARGE)),
+        Cell(2, piped),
+        Cell(2, replace(piped, sizes_divided_by=LARGE, tied=True)),
+        *(Cell(8, replace(copies, sizes_divided_by=divisor), slow=True, fresh=True) for divisor in (1, LARGE)),
+    ]
+    more = [
+        *(replace(case, sizes_divided_by=LARGE, precision="bf16", micro_batch_size=2) for case in by_stage[1:]),
+        replace(large_away, zero_stage=2, precision="bf16"),
+    ]
+    return [*cells, *(Cell(2, case, slow=True) for case in more)]
+
+
 def _repeats_slow(cells: Iterable[Cell]) -> Iterator[Cell]:
     """The same cells, slow where everything that one shows was shown by a quick one before it."""
     shown: set[object] = set()
@@ -363,5 +398,6 @@ _ALL = (
     *_expert_cells(),
     *_tensor_cells(),
     *_offload_cells(),
+    *_file_cells(),
 )
 CELLS: tuple[Cell, ...] = tuple(_repeats_slow(_ALL))

@@ -95,8 +95,9 @@ def plain(rank_pool: Pool, case: Case) -> Outcome:
     usual = Case()
     layout = ("tensor", "pipeline", "sequence", "expert", "pipeline_schedule", "data_parallel")
     savings = ("zero_stage", "offload_optimizer", "offload_parameters", "recomputation", "recompute_every", "compile")
+    file = ("ds_config", "sizes_divided_by")
     return _plain(
-        rank_pool(1), replace(case, engine="plain", **{key: getattr(usual, key) for key in (*layout, *savings)})
+        rank_pool(1), replace(case, engine="plain", **{key: getattr(usual, key) for key in (*layout, *savings, *file)})
     )
 
 

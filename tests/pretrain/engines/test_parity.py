@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pretrain.compatibility import LAYOUT_FEATURES, Feature, find_conflicts, refusal_of
-from tests.pretrain.engines.cases import Case, train_case
+from tests.pretrain.engines.cases import DS_CONFIGS, REFUSED_FILES, Case, train_case
 from tests.pretrain.engines.matrix import CELLS, Cell
 from tests.pretrain.engines.parity import TOLERANCES, Pool, compare, plain, state_differences
 
@@ -40,6 +40,12 @@ def test_every_supported_pair_of_layout_features_has_a_cell() -> None:
         and (first, second) not in shown
     ]
     assert missing == []
+
+
+def test_every_shipped_deepspeed_file_has_a_cell() -> None:
+    used = {cell.case.ds_config for cell in CELLS}
+    assert {file.name for file in DS_CONFIGS.glob("*.json")} - REFUSED_FILES <= used
+    assert not used & REFUSED_FILES
 
 
 def are_alternatives(first: Feature, second: Feature) -> bool:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.store import CheckpointStore
-from tests.distributed.ranks import RankPool
-from tests.pretrain.engines.cases import Case, Outcome, start_engine, take_steps
-from tests.pretrain.engines.matrix import MIXTRAL
+from tests.distributed.ranks import RankPool, run_on_ranks
+from tests.pretrain.engines.cases import DS_CONFIGS, REFUSED_FILES, Case, Outcome, start_engine, take_steps
+from tests.pretrain.engines.matrix import LARGE, MIXTRAL
 
 pytestmark = pytest.mark.ranks
 
@@ -50,6 +50,19 @@ LAYOUTS = {
     "zero 3, experts 2 x 2": (4, replace(MIXTRAL, expert=2, zero_stage=3)),
     "zero 1, all experts x 2": (2, MIXTRAL),
     "plain, all experts": (1, replace(MIXTRAL, engine="plain")),
+    # with the sizes of a file divided, so that several buckets and groups hold the state
+    **{
+        file: (2, replace(case, ds_config=file, sizes_divided_by=LARGE))
+        for file, case in {
+            "zero0.json": Case(engine="zero", zero_stage=0),
+            "zero1.json": Case(engine="zero", zero_stage=1),
+            "zero2.json": Case(engine="zero", zero_stage=2),
+            "zero3.json": Case(engine="zero", zero_stage=3),
+            "offload-cpu.json": Case(zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
+            "long-sequence.json": Case(sequence=2, zero_stage=3),
+            "pipeline.json": Case(pipeline=2),
+        }.items()
+    },
     "plain, tied": (1, Case(engine="plain", tied=True, micro_batch_size=2, layers=4)),
 }
 CHANGES = [
@@ -70,6 +83,14 @@ CHANGES = [
     ("sequence x 2", "sequence zero 3 x 2"),
     ("experts 2", "zero 1, all experts x 2"),
     ("zero 1, all experts x 2", "zero 3, experts 2 x 2"),
+    # every shipped DeepSpeed file on each side
+    ("zero1.json", "zero2.json"),
+    ("zero2.json", "zero3.json"),
+    ("zero3.json", "offload-cpu.json"),
+    ("offload-cpu.json", "long-sequence.json"),
+    ("long-sequence.json", "pipeline.json"),
+    ("pipeline.json", "zero0.json"),
+    ("zero0.json", "zero1.json"),
 ]
 MORE_CHANGES = [  # in slow runs: each layout on each side, and the other way round
     ("stages 2", "plain"),
@@ -115,6 +136,14 @@ QUICK_LAYOUTS = [
 ]
 
 
+def test_every_shipped_deepspeed_file_is_resumed_from_and_with() -> None:
+    shipped = {file.name for file in DS_CONFIGS.glob("*.json")}
+    # see test_parity.py, and the test of zeropp.json below
+    assert shipped - REFUSED_FILES - {"zeropp.json"} == {file for file in LAYOUTS if file.endswith(".json")}
+    for side in zip(*CHANGES, strict=True):
+        assert shipped - REFUSED_FILES - {"zeropp.json"} <= set(side)
+
+
 def save_and_go_on(case: Case, folder: str) -> Outcome:
     """Some steps, a save, and the steps that a resumed run must repeat."""
     engine = start_engine(case)
@@ -156,6 +185,19 @@ def test_another_layout_goes_on(rank_pool: Pool, tmp_path: Path, saved: str, res
         assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
         assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
         assert outcome.scalars == expected.scalars
+
+
+@pytest.mark.slow
+def test_a_second_copy_within_the_node_goes_on_elsewhere(rank_pool: Pool, tmp_path: Path) -> None:
+    """Its groups of ranks are DeepSpeed's module state, so its processes serve nothing else."""
+    case = Case(engine="zero", zero_stage=3, ds_config="zeropp.json", sizes_divided_by=LARGE, micro_batch_size=1)
+    expected = run_on_ranks(8, save_and_go_on, case, str(tmp_path), deadline_seconds=240)[0]
+    elsewhere = rank_pool(1).run(resume, Case(engine="plain", micro_batch_size=1), str(tmp_path))
+    again = run_on_ranks(8, resume, case, str(tmp_path), deadline_seconds=240)
+    assert elsewhere[0].losses == pytest.approx(expected.losses, rel=1e-5)
+    for outcome in again:
+        assert outcome.losses == expected.losses
+        assert outcome.norms == expected.norms
 
 
 @pytest.mark.parametrize(
