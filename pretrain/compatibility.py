@@ -1,53 +1,17 @@
-"""Which settings work together: one table, from which validation, the documentation and the parity tests come.
+"""Which settings of a run work together: the table of refused_pairs.py, held against what the run uses.
 
-A pair that is not in the table is supported. Sizes that must divide are topology.py's and batch_plan.py's.
+Validation, the documentation and the parity tests come from it. Sizes that must divide are topology.py's and
+batch_plan.py's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from pretrain.config import RunConfig
 from pretrain.errors import Problem
-
-Feature = Literal[
-    "engine plain",
-    "engine zero",
-    "engine pipeline",
-    "engine accelerate",
-    "ZeRO stage 0",
-    "ZeRO stage 1",
-    "ZeRO stage 2",
-    "ZeRO stage 3",
-    "precision fp16",
-    "guard.on_non_finite stop",
-    "guard.on_non_finite rollback",
-    "tensor parallelism",
-    "pipeline parallelism",
-    "sequence parallelism",
-    "expert parallelism",
-    "DualPipeV",
-    "sharded data parallelism",
-    "optimizer offload",
-    "parameter offload",
-    "NVMe offload",
-    "selective recomputation",
-    "recomputation of some layers",
-    "compiled layers",
-    "several processes",
-    "a DeepSpeed file",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """Why two settings do not work together, and the nearest setting that does."""
-
-    reason: str
-    allowed: str
-    change: str
+from pretrain.refused_pairs import IMPLIED, REFUSED, Feature, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +44,12 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "sharded data parallelism": lambda run: run.config.parallel.data_parallel == "shard",
     "optimizer offload": lambda run: run.config.parallel.offload_optimizer != "none",
     "parameter offload": lambda run: run.config.parallel.offload_parameters != "none",
-    "NVMe offload": lambda run: (
-        "nvme" in (run.config.parallel.offload_optimizer, run.config.parallel.offload_parameters)
-    ),
+    "NVMe offload": lambda run: run.config.parallel.offload_optimizer == "nvme",
+    "NVMe offload of parameters": lambda run: run.config.parallel.offload_parameters == "nvme",
     "selective recomputation": lambda run: run.config.execution.recomputation == "selective",
     "recomputation of some layers": lambda run: run.config.execution.recompute_every > 1,
     "compiled layers": lambda run: run.config.execution.compile,
+    "liger's kernels": lambda run: run.config.execution.kernels == "liger",
     "several processes": lambda run: run.world_size > 1,
     "a DeepSpeed file": lambda run: run.config.parallel.deepspeed_config is not None,
 }
@@ -107,230 +71,11 @@ LAYOUT_FEATURES: tuple[Feature, ...] = (
     "sharded data parallelism",
     "optimizer offload",
     "parameter offload",
+    "NVMe offload",
     "selective recomputation",
     "recomputation of some layers",
     "several processes",
 )
-
-_NO_SHARDING = Refusal(
-    reason="the plain engine keeps the whole state in one process and would ignore the stage",
-    allowed="stages are the zero engine's",
-    change="set parallel.engine=zero, or leave parallel.zero_stage out",
-)
-_NO_ZERO_STAGE = Refusal(
-    reason="stages are the zero engine's; accelerate's DDP keeps the whole state on each rank, FSDP2 a part of it",
-    allowed="no stage",
-    change="set parallel.data_parallel=shard and leave parallel.zero_stage out, or set parallel.engine=zero",
-)
-_DATA_PARALLEL_ONLY = Refusal(
-    reason="the accelerate engine shares data, and with parallel.data_parallel=shard the state, but no computation",
-    allowed="1",
-    change="set parallel.engine=auto, or leave the size out",
-)
-_NO_OFFLOAD = Refusal(
-    reason="the accelerate engine keeps its state on the device",
-    allowed="none",
-    change="set parallel.engine=zero, or parallel.data_parallel=shard without offload",
-)
-_FP16_SKIPS = Refusal(
-    reason="fp16 finds its loss scale by steps that overflow and are skipped, each of which would stop or undo the run",
-    allowed="guard.on_non_finite: skip",
-    change="set guard.on_non_finite=skip, or precision=bf16",
-)
-_SHARDED_BY_FSDP = Refusal(
-    reason="FSDP2 is the accelerate engine's way to share the state; the other engines have their own",
-    allowed="replicate",
-    change="set parallel.engine=accelerate, or parallel.zero_stage=3 with parallel.data_parallel=replicate",
-)
-_NOT_THE_PIPELINE_ENGINE = Refusal(
-    reason="stages are the pipeline engine's",
-    allowed="auto or pipeline",
-    change="set parallel.engine=auto, or parallel.pipeline=1",
-)
-_GRADIENTS_STAY_WHOLE = Refusal(
-    reason="a stage adds up the gradients of all its micro-batches before it reduces them, so they cannot be cut",
-    allowed="stages 0, 1",
-    change="set parallel.zero_stage=1, or parallel.pipeline=1",
-)
-_NO_OFFLOAD_IN_A_PIPELINE = Refusal(
-    reason="not shown to give the right numbers",
-    allowed="none",
-    change="set parallel.offload_optimizer=none and parallel.offload_parameters=none: more stages make room as well",
-)
-
-_OFFLOAD_IS_OF_ZERO = Refusal(
-    reason="the plain engine keeps its state on the device",
-    allowed="none",
-    change="set parallel.engine=auto, or leave offload out",
-)
-_ONLY_SHARDS_ARE_OFFLOADED = Refusal(
-    reason="DeepSpeed offloads shards of weights, which stage 3 alone makes",
-    allowed="stage 3",
-    change="set parallel.zero_stage=3, or parallel.offload_parameters=none",
-)
-_NO_FP16_OFFLOAD = Refusal(
-    reason="not shown to give the right numbers",
-    allowed="fp32, bf16",
-    change="set precision=bf16, or leave offload out",
-)
-
-# What has a feature has the other one too, and with it what the table refuses to that one.
-IMPLIED: Mapping[Feature, Feature] = {
-    "engine pipeline": "pipeline parallelism",
-    "DualPipeV": "pipeline parallelism",
-    "sharded data parallelism": "engine accelerate",
-}
-
-# The table. A feature paired with itself is refused altogether.
-REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
-    ("tensor parallelism", "engine plain"): Refusal(
-        reason="the plain engine is one process, and tensor ranks are several",
-        allowed="auto, zero or pipeline",
-        change="set parallel.engine=auto, or parallel.tensor=1",
-    ),
-    ("tensor parallelism", "sequence parallelism"): Refusal(
-        reason="both exchange attention's heads, and DeepSpeed lays its sequence groups over all ranks",
-        allowed="one of the two",
-        change="set parallel.sequence=1 (execution.recomputation=full makes room for long rows), or parallel.tensor=1",
-    ),
-    ("tensor parallelism", "compiled layers"): Refusal(
-        reason="the sums over tensor ranks inside compiled layers were never compared with plain",
-        allowed="execution.compile: false",
-        change="set execution.compile=false",
-    ),
-    ("tensor parallelism", "expert parallelism"): Refusal(
-        reason="the matrices of models with experts are not cut yet",
-        allowed="one of the two",
-        change="set parallel.tensor=1: parallel.zero_stage=3 shares what is left",
-    ),
-    ("pipeline parallelism", "engine plain"): _NOT_THE_PIPELINE_ENGINE,
-    ("pipeline parallelism", "engine zero"): _NOT_THE_PIPELINE_ENGINE,
-    ("pipeline parallelism", "ZeRO stage 2"): _GRADIENTS_STAY_WHOLE,
-    ("pipeline parallelism", "ZeRO stage 3"): _GRADIENTS_STAY_WHOLE,
-    ("pipeline parallelism", "precision fp16"): Refusal(
-        reason="gradients would travel between stages in fp16, where small ones vanish and large ones overflow",
-        allowed="fp32, bf16",
-        change="set precision=bf16, or parallel.pipeline=1",
-    ),
-    ("pipeline parallelism", "sequence parallelism"): Refusal(
-        reason="stages pass whole rows on, sequence ranks hold pieces of them",
-        allowed="one of the two",
-        change="set parallel.sequence=1 (execution.recomputation=full makes room for long rows), or "
-        "parallel.pipeline=1 with parallel.zero_stage=3",
-    ),
-    ("pipeline parallelism", "expert parallelism"): Refusal(
-        reason="the losses of routers would have to travel between stages",
-        allowed="one of the two",
-        change="set parallel.pipeline=1",
-    ),
-    ("pipeline parallelism", "optimizer offload"): _NO_OFFLOAD_IN_A_PIPELINE,
-    ("pipeline parallelism", "parameter offload"): _NO_OFFLOAD_IN_A_PIPELINE,
-    ("sequence parallelism", "ZeRO stage 0"): Refusal(
-        reason="DeepSpeed names no data-parallel ranks beside those of a sequence where nothing is shared",
-        allowed="stages 1, 2, 3",
-        change="set parallel.zero_stage=1",
-    ),
-    ("sequence parallelism", "engine plain"): Refusal(
-        reason="the plain engine is one process",
-        allowed="the zero engine",
-        change="set parallel.engine=zero, or parallel.sequence=1",
-    ),
-    ("sequence parallelism", "tensor parallelism"): Refusal(
-        reason="both cut attention by heads, and DeepSpeed's two ways to do so were not made for each other",
-        allowed="one of them",
-        change="set parallel.tensor=1 for long rows, or parallel.sequence=1 for wide models",
-    ),
-    ("sequence parallelism", "pipeline parallelism"): Refusal(
-        reason="DeepSpeed's pipeline passes whole rows from stage to stage",
-        allowed="one of them",
-        change="set parallel.pipeline=1 and parallel.zero_stage=3, or parallel.sequence=1",
-    ),
-    ("sequence parallelism", "expert parallelism"): Refusal(
-        reason="experts would be chosen by ranks that hold parts of the same rows, which was never compared with plain",
-        allowed="one of them",
-        change="set parallel.expert=1, or parallel.sequence=1",
-    ),
-    ("sequence parallelism", "compiled layers"): Refusal(
-        reason="the exchange of heads between ranks inside compiled layers was never compared with plain",
-        allowed="execution.compile: false",
-        change="set execution.compile=false",
-    ),
-    ("expert parallelism", "engine plain"): Refusal(
-        reason="the plain engine is one process, and expert ranks are several",
-        allowed="auto or zero",
-        change="set parallel.engine=auto, or parallel.expert=1",
-    ),
-    ("expert parallelism", "compiled layers"): Refusal(
-        reason="how many tokens a rank's experts get is known only when a layer runs",
-        allowed="execution.compile: false",
-        change="set execution.compile=false",
-    ),
-    ("engine accelerate", "ZeRO stage 0"): _NO_ZERO_STAGE,
-    ("engine accelerate", "ZeRO stage 2"): _NO_ZERO_STAGE,
-    ("engine accelerate", "ZeRO stage 3"): _NO_ZERO_STAGE,
-    ("engine accelerate", "precision fp16"): Refusal(
-        reason="the accelerate engine has no loss scaling",
-        allowed="fp32, bf16",
-        change="set precision=bf16, or parallel.engine=zero",
-    ),
-    ("engine accelerate", "a DeepSpeed file"): Refusal(
-        reason="the accelerate engine does not read DeepSpeed settings",
-        allowed="null",
-        change="set parallel.engine=zero, or parallel.deepspeed_config=null",
-    ),
-    ("engine accelerate", "tensor parallelism"): _DATA_PARALLEL_ONLY,
-    ("engine accelerate", "pipeline parallelism"): _DATA_PARALLEL_ONLY,
-    ("engine accelerate", "sequence parallelism"): _DATA_PARALLEL_ONLY,
-    ("engine accelerate", "expert parallelism"): _DATA_PARALLEL_ONLY,
-    ("engine accelerate", "DualPipeV"): _DATA_PARALLEL_ONLY,
-    ("engine accelerate", "optimizer offload"): _NO_OFFLOAD,
-    ("engine accelerate", "parameter offload"): _NO_OFFLOAD,
-    ("sharded data parallelism", "engine plain"): _SHARDED_BY_FSDP,
-    ("sharded data parallelism", "engine zero"): _SHARDED_BY_FSDP,
-    ("sharded data parallelism", "engine pipeline"): _SHARDED_BY_FSDP,
-    ("NVMe offload", "NVMe offload"): Refusal(
-        reason="DeepSpeed keeps shares of over 1 MiB in files of its own, which our checkpoints neither read nor write",
-        allowed="none, cpu",
-        change="set parallel.offload_optimizer=cpu and parallel.offload_parameters=cpu, or start more ranks",
-    ),
-    ("optimizer offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
-    ("parameter offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
-    ("optimizer offload", "ZeRO stage 0"): Refusal(
-        reason="what DeepSpeed offloads are ZeRO's shares of the state, which stage 0 does not make",
-        allowed="stages 1, 2, 3",
-        change="set parallel.zero_stage=1, or parallel.offload_optimizer=none",
-    ),
-    ("parameter offload", "ZeRO stage 0"): _ONLY_SHARDS_ARE_OFFLOADED,
-    ("parameter offload", "ZeRO stage 1"): _ONLY_SHARDS_ARE_OFFLOADED,
-    ("parameter offload", "ZeRO stage 2"): _ONLY_SHARDS_ARE_OFFLOADED,
-    ("parameter offload", "precision fp16"): _NO_FP16_OFFLOAD,
-    ("optimizer offload", "precision fp16"): _NO_FP16_OFFLOAD,
-    ("engine plain", "several processes"): Refusal(
-        reason="the plain engine is one process",
-        allowed="world size 1, or the zero engine",
-        change="set parallel.engine=zero, or start one process",
-    ),
-    ("engine plain", "precision fp16"): Refusal(
-        reason="the plain engine has no loss scaling",
-        allowed="fp32, bf16",
-        change="set precision=bf16, or parallel.engine=zero",
-    ),
-    ("engine plain", "a DeepSpeed file"): Refusal(
-        reason="the plain engine does not read DeepSpeed settings",
-        allowed="null",
-        change="set parallel.engine=zero, or parallel.deepspeed_config=null",
-    ),
-    ("engine plain", "ZeRO stage 0"): _NO_SHARDING,
-    ("engine plain", "ZeRO stage 2"): _NO_SHARDING,
-    ("engine plain", "ZeRO stage 3"): _NO_SHARDING,
-    ("precision fp16", "guard.on_non_finite stop"): _FP16_SKIPS,
-    ("precision fp16", "guard.on_non_finite rollback"): _FP16_SKIPS,
-    ("precision fp16", "ZeRO stage 0"): Refusal(
-        reason="DeepSpeed's fp16 optimizer without ZeRO does not say which weights it holds, so nothing could be saved",
-        allowed="stages 1, 2, 3",
-        change="set parallel.zero_stage=1",
-    ),
-}
 
 
 def choose_engine(config: RunConfig, world_size: int) -> str:

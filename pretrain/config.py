@@ -168,6 +168,7 @@ class ExecutionSection(Section):
 
     attention: Attention = "auto"  # auto: flash-attn where it is installed and the device has it, else sdpa
     compile: bool = False  # torch.compile, layer by layer
+    kernels: Literal["torch", "liger"] = "torch"  # liger: its fused norms, feed-forwards and rotary embedding, on GPUs
     # activation checkpointing: full runs layers again in backward, selective all of a layer but its attention
     recomputation: Recomputation = "none"
     recompute_every: int = Field(default=1, ge=1)  # recompute only in each so many-th layer, 1 is all of them

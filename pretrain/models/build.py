@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from pretrain.config import ExecutionSection, LossSection, ModelSection
 from pretrain.models.configuration import resolve_model_config
+from pretrain.models.fused_kernels import require_liger
 from pretrain.models.initialization import Gather, initialize, no_gather
 from pretrain.models.training_model import TrainingModel
 from pretrain.models.weights import load_weights
@@ -34,6 +35,8 @@ class ModelBuilder:
     ) -> None:
         self._section, self._seed = model_section, seed
         self._execution, self._loss = execution, loss
+        if execution.kernels == "liger":
+            require_liger()
         self.config: PretrainedConfig = resolve_model_config(
             model_section, sequence_length=sequence_length, attention=execution.attention
         )

@@ -15,6 +15,7 @@ from pretrain.config import ExecutionSection, LossSection
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.attention import document_inputs, has_packed_rows, known_packing, watched_document_borders
 from pretrain.models.batch import Batch
+from pretrain.models.fused_kernels import put_in_liger
 from pretrain.models.loss import OutputHead, full_logits_loss
 from pretrain.models.recomputation import enable_recomputation
 from pretrain.models.router import routers_of
@@ -60,6 +61,8 @@ class TrainingModel(nn.Module):
         self._layers = list(decoder_layers(network))  # a plain list: registered once, below the network
         self._has_checked_borders = False
         self.routers = routers_of(network, has_plain_head=self._has_fused_loss)
+        if execution.kernels == "liger":
+            put_in_liger(network)
         enable_recomputation(network, self._layers, execution)
         if execution.compile:
             for layer in self._layers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pretrain.compatibility import REFUSED, describe_pair
+from pretrain.compatibility import describe_pair
+from pretrain.refused_pairs import REFUSED
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.compatibility import REFUSED, USES, Choice, Feature, choose_engine, find_conflicts, refusal_of, table_rows
+from pretrain.compatibility import USES, Choice, choose_engine, find_conflicts, refusal_of, table_rows
 from pretrain.config import RunConfig
+from pretrain.refused_pairs import REFUSED, Feature
 
 BASE: dict[str, Any] = {
     "name": "run",
@@ -39,9 +40,13 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
     "optimizer offload": {"parallel": {"offload_optimizer": "cpu"}},
     "parameter offload": {"parallel": {"offload_parameters": "cpu", "zero_stage": 3}},
     "NVMe offload": {"parallel": {"offload_optimizer": "nvme", "offload_folder": "nvme", "zero_stage": 3}},
+    "NVMe offload of parameters": {
+        "parallel": {"offload_parameters": "nvme", "offload_folder": "nvme", "zero_stage": 3}
+    },
     "selective recomputation": {"execution": {"recomputation": "selective"}},
     "recomputation of some layers": {"execution": {"recomputation": "full", "recompute_every": 2}},
     "compiled layers": {"execution": {"compile": True}},
+    "liger's kernels": {"execution": {"kernels": "liger"}},
     "several processes": {},
     "a DeepSpeed file": {"parallel": {"deepspeed_config": "ds_configs/zero1.json"}},
 }
