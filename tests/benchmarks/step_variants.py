@@ -49,6 +49,11 @@ VARIANTS = (
     Variant("accelerate", parallel={"engine": "accelerate"}),
     Variant("bare fp32", precision="fp32"),
     Variant("plain fp32", precision="fp32", parallel={"engine": "plain"}),
+    Variant("bare fp32 x2", ranks=2, precision="fp32"),
+    *(
+        Variant(f"zero {stage} fp32 x2", ranks=2, precision="fp32", parallel={"engine": "zero", "zero_stage": stage})
+        for stage in (1, 2)
+    ),
     Variant("bare bf16 x2", ranks=2),
     Variant("zero 1 x2", ranks=2, parallel={"engine": "zero"}),
     Variant("zero 2 x2", ranks=2, parallel={"engine": "zero", "zero_stage": 2}),

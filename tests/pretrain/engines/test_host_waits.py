@@ -7,41 +7,15 @@ import cProfile
 import pstats
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.ranks import RankPool
 from tests.pretrain.engines.cases import Case, start_engine, step_batches
+from tests.pretrain.engines.host_reads import CountReads
 from tests.pretrain.engines.matrix import Cell
 
 pytestmark = pytest.mark.ranks
-
-READS = ("_local_scalar_dense", "item", "equal", "is_nonzero")
-
-
-class CountReads(TorchDispatchMode):
-    """Where tensors are turned into Python numbers: the innermost line of ours or of DeepSpeed's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: list[str] = []
-
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if operation.overloadpacket.__name__ in READS:
-            self.places.append(_caller())
-        return operation(*arguments, **(keywords or {}))
-
-
-def _caller() -> str:
-    import traceback
-
-    for frame in reversed(traceback.extract_stack()):
-        for package in ("/pretrain/", "/deepspeed/", "/accelerate/"):
-            if package in frame.filename and "/tests/" not in frame.filename:
-                return f"{package.strip('/')}/{frame.filename.rpartition(package)[2]}:{frame.name}"
-    return "torch"
 
 
 def reads_of_a_step(case: Case) -> list[str]:
