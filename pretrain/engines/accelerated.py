@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -16,21 +15,19 @@ from pretrain.checkpoint.fragments import KINDS, MASTER, Fragment, LogicalState,
 from pretrain.config import RunConfig
 from pretrain.engines.accelerated_model import hold_model, start_accelerator
 from pretrain.engines.base import EvaluationResult, Replica, StepResult
+from pretrain.engines.torch_engine import TorchEngine
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
-from pretrain.optimization.gradient_gate import GradientGate
-from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
+from pretrain.optimization.gradient_norm import global_norm
 from pretrain.optimization.update import clip_and_step
 from pretrain.random_streams import stream_seed
 
 
-class AcceleratedEngine:
+class AcceleratedEngine(TorchEngine):
     """One rank of a data-parallel group that spans all ranks, fp32 or bf16 with fp32 master weights."""
 
     def __init__(self, config: RunConfig, builder: ModelBuilder, device: torch.device) -> None:
-        self._config = config
-        self._device = device
         self._ranks, self._rank = distributed.world_size(), distributed.rank()
         self._accelerator = start_accelerator(device)
         self._held = hold_model(
@@ -39,12 +36,9 @@ class AcceleratedEngine:
             sharded=config.parallel.data_parallel == "shard",
             precision=config.precision,
         )
-        self._model = self._held.model
         self._weights = self._held.weights
-        self._optimizer = build_optimizer(
-            ((name, weight.values) for name, weight in self._weights.items()), config.optimizer
-        )
-        self._gate = GradientGate(config.guard, device)
+        updated = ((name, weight.values) for name, weight in self._weights.items())
+        super().__init__(config, device, self._held.model, updated)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
@@ -62,23 +56,10 @@ class AcceleratedEngine:
                 objective = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
                 self._held.backward(objective, is_last=is_last)
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
-        self._gate.open_step()
-        norm = self._update()
-        loss, z_loss = distributed.all_reduce_sum(sums) / targets
-        routers = self._model.routers
-        counters = routers.report(distributed.all_reduce_sum, targets) if routers else {}
-        spike = self._gate.is_spike
-        return StepResult(
-            loss=loss,
-            z_loss=z_loss,
-            gradient_norm=norm,
-            skipped=~norm.isfinite() | spike,
-            spike=spike,
-            counters=counters,
-        )
+        return self._finish_step(sums, targets, distributed.all_reduce_sum)
 
     def _update(self) -> torch.Tensor:
-        norm = torch.nn.utils.get_total_norm(self._held.collect_gradients())
+        norm = global_norm(self._held.collect_gradients())
         if self._held.is_sharded:
             norm = distributed.all_reduce_sum(norm.square()).sqrt()
         clip_and_step(self._optimizer, norm, self._config.optimizer.clip_norm, self._gate)
@@ -93,17 +74,9 @@ class AcceleratedEngine:
         loss, targets = distributed.all_reduce_sum(sums).tolist()
         return EvaluationResult(loss_sum=loss, target_count=int(targets))
 
-    def set_learning_rate_multiplier(self, multiplier: float) -> None:
-        """See Engine."""
-        set_learning_rate_multiplier(self._optimizer, multiplier)
-
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See Engine."""
         return {name: weight.shape for name, weight in self._weights.items()}
-
-    def model_config(self) -> dict[str, Any]:
-        """See Engine."""
-        return dict(self._model.network.config.to_dict())
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine; where every rank holds all, rank r of n answers for the r-th n-th of each tensor."""
@@ -142,11 +115,6 @@ class AcceleratedEngine:
                 for kind in KINDS:
                     if kind in state:
                         yield Replica(name=name, kind=kind, place="", values=state[kind])
-
-    def scalar_state(self) -> dict[str, Any]:
-        """See Engine."""
-        steps = [state["step"] for state in self._optimizer.state.values()]
-        return {"optimizer_steps": int(steps[0]) if steps else 0, **self._gate.state()}
 
     @torch.no_grad()
     def restore(self, state: LogicalState) -> None:

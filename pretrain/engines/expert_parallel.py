@@ -41,14 +41,14 @@ class _Exchange(torch.autograd.Function):
     """Rows to the ranks that compute with them; their gradients take the way back."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(  # noqa: D102 - autograd calls it
         ctx: Any, rows: torch.Tensor, ranks: ExpertRanks, sent: Sizes, received: Sizes
     ) -> torch.Tensor:
         ctx.ranks, ctx.sent, ctx.received = ranks, sent, received
         return ranks.exchange(rows, sent, received)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102 - autograd calls it
         return ctx.ranks.exchange(gradients[0], ctx.received, ctx.sent), None, None, None
 
 

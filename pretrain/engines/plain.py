@@ -14,63 +14,44 @@ from torch import nn
 from pretrain.checkpoint.fragments import KINDS, MASTER, Fragment, LogicalState, whole_box
 from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, Replica, StepResult
+from pretrain.engines.torch_engine import TorchEngine
 from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
-from pretrain.optimization.gradient_gate import GradientGate
-from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
+from pretrain.optimization.gradient_norm import global_norm
 from pretrain.optimization.update import clip_and_step
 from pretrain.random_streams import stream_seed
 
 
-class PlainEngine:
+class PlainEngine(TorchEngine):
     """One process, one device, fp32 or bf16 with fp32 master weights."""
 
     def __init__(self, config: RunConfig, builder: ModelBuilder, device: torch.device) -> None:
-        self._config = config
-        self._device = device
-        self._model = builder.build(device)
+        model = builder.build(device)
         self._weights = {
-            self._model.logical_name(name): weight
-            for name, weight in self._model.named_parameters()
-            if weight.requires_grad
+            model.logical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad
         }
         self._masters = _MasterWeights(self._weights) if config.precision == "bf16" else None
         updated = self._masters.by_name if self._masters else self._weights
-        self._optimizer = build_optimizer(updated.items(), config.optimizer)
-        self._gate = GradientGate(config.guard, device)
+        super().__init__(config, device, model, updated.items())
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
         self._model.train()
-        targets = sum(batch.target_count for batch in micro_batches)
+        targets = max(1, sum(batch.target_count for batch in micro_batches))
         sums = torch.zeros(2, device=self._device)
         for index, batch in enumerate(micro_batches):
             torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index))
             loss_sum, z_loss_sum = self._model(batch.to(self._device))
-            ((loss_sum + self._config.loss.z_loss * z_loss_sum) / max(1, targets)).backward()
+            ((loss_sum + self._config.loss.z_loss * z_loss_sum) / targets).backward()
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
-        self._gate.open_step()
-        norm = self._update()
-        loss, z_loss = sums / max(1, targets)
-        routers = self._model.routers
-        counters = routers.report(lambda sums: sums, max(1, targets)) if routers else {}
-        spike = self._gate.is_spike
-        return StepResult(
-            loss=loss,
-            z_loss=z_loss,
-            gradient_norm=norm,
-            skipped=~norm.isfinite() | spike,
-            spike=spike,
-            counters=counters,
-        )
+        return self._finish_step(sums, targets, lambda of_this_rank: of_this_rank)
 
     def _update(self) -> torch.Tensor:
-        """Clip and step inside one fused kernel; a non-finite norm makes it change nothing, without a host wait."""
         updated = list((self._masters.by_name if self._masters else self._weights).values())
         if self._masters:
             self._masters.complete_gradients()
-        norm = torch.nn.utils.get_total_norm([weight.grad for weight in updated if weight.grad is not None])
+        norm = global_norm([weight.grad for weight in updated if weight.grad is not None])
         clip_and_step(self._optimizer, norm, self._config.optimizer.clip_norm, self._gate)
         if self._masters:
             self._masters.publish()
@@ -83,17 +64,9 @@ class PlainEngine:
         loss, targets = sum_losses(self._model.eval(), micro_batches, self._device).tolist()
         return EvaluationResult(loss_sum=loss, target_count=int(targets))
 
-    def set_learning_rate_multiplier(self, multiplier: float) -> None:
-        """See Engine."""
-        set_learning_rate_multiplier(self._optimizer, multiplier)
-
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See Engine."""
         return {name: tuple(weight.shape) for name, weight in self._weights.items()}
-
-    def model_config(self) -> dict[str, Any]:
-        """See Engine."""
-        return dict(self._model.network.config.to_dict())
 
     def fragments(self) -> Iterator[Fragment]:
         """See Engine."""
@@ -114,11 +87,6 @@ class PlainEngine:
     def replicas(self) -> Iterator[Replica]:
         """See Engine."""
         return iter(())
-
-    def scalar_state(self) -> dict[str, Any]:
-        """See Engine."""
-        steps = [state["step"] for state in self._optimizer.state.values()]
-        return {"optimizer_steps": int(steps[0]) if steps else 0, **self._gate.state()}
 
     @torch.no_grad()
     def restore(self, state: LogicalState) -> None:

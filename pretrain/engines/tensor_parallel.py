@@ -55,12 +55,12 @@ class _Copy(torch.autograd.Function):
     """The same on all ranks, which use it for different parts: gradients are summed."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:  # noqa: D102
+    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:  # noqa: D102 - autograd calls it
         ctx.ranks = ranks
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102 - autograd calls it
         # summed in a tensor of its own: another branch may hold the one that autograd gave
         return ctx.ranks.sum(gradients[0].clone(memory_format=torch.contiguous_format)), None
 
@@ -69,12 +69,12 @@ class _Sum(torch.autograd.Function):
     """Parts of one result: summed, and the same gradient for all."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:  # noqa: D102
+    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:  # noqa: D102 - autograd calls it
         ctx.mark_dirty(tensor)
         return ranks.sum(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102 - autograd calls it
         return gradients[0], None
 
 
@@ -82,12 +82,12 @@ class _Join(torch.autograd.Function):
     """Slices put side by side on every rank, which then all compute the same."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:  # noqa: D102
+    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:  # noqa: D102 - autograd calls it
         ctx.ranks = ranks
         return ranks.join(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102 - autograd calls it
         return ctx.ranks.own_slice(gradients[0]), None
 
 
@@ -95,12 +95,12 @@ class _Cut(torch.autograd.Function):
     """Each rank goes on with its slice of what all have computed."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:  # noqa: D102
+    def forward(ctx: Any, tensor: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:  # noqa: D102 - autograd calls it
         ctx.ranks = ranks
         return ranks.own_slice(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102 - autograd calls it
         return ctx.ranks.join(gradients[0]), None
 
 
