@@ -31,8 +31,8 @@ make_environment() {
     printf '%s\n' "$stamp" >"$stamp_file"
 }
 
-# warm_deepspeed: build the op that DeepSpeed compiles at its first start on CPU, so that no training run waits for it.
+# warm_deepspeed [async_io]: build what DeepSpeed compiles at its first start on CPU, so that no training run waits.
 warm_deepspeed() {
     say "DeepSpeed's CPU op (compiled once, about a minute)"
-    .venv/bin/python -m launch.warm_deepspeed
+    .venv/bin/python -m launch.warm_deepspeed "$@"
 }

@@ -1,7 +1,8 @@
 """Builds DeepSpeed's CPU op into TORCH_EXTENSIONS_DIR ahead of time. Builds nothing that is already there.
 
 A build that was killed leaves a lock file on which every later start waits for ever without a word; locks that no
-living process holds are removed first. Run as `python -m launch.warm_deepspeed [DEADLINE_SECONDS]`.
+living process holds are removed first. Run as `python -m launch.warm_deepspeed [DEADLINE_SECONDS] [async_io]`; with
+async_io also what offload to NVMe needs, where libaio's header is installed (minutes).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ BUILD = "from pretrain import distributed as d; d.start(d.read_place()); " + (
     "from pretrain.engines.deepspeed_import import import_deepspeed; "
     "import_deepspeed().init_distributed('gloo'); d.stop()"
 )
+BUILD_ASYNC_IO = "; from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().is_compatible() and B().load()"
 
 
 def main() -> int:
@@ -31,10 +33,11 @@ def main() -> int:
     for lock in stale_locks(Path(cache)):
         print(f"removing the lock of a build that ended: {lock}")
         lock.unlink(missing_ok=True)
-    deadline_seconds = int(sys.argv[1]) if len(sys.argv) > 1 else DEADLINE_SECONDS
+    numbers, wants_async_io = [word for word in sys.argv[1:] if word.isdigit()], "async_io" in sys.argv
+    deadline_seconds = int(numbers[0]) if numbers else DEADLINE_SECONDS * (3 if wants_async_io else 1)
     began = time.monotonic()
     build = subprocess.Popen(
-        [sys.executable, "-c", BUILD],
+        [sys.executable, "-c", BUILD + (BUILD_ASYNC_IO if wants_async_io else "")],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -196,12 +196,14 @@ def _memory_table(plan: RunPlan) -> Table:
     table.add_column("GiB", justify="right")
     for component in dataclasses.fields(plan.memory):
         size = getattr(plan.memory, component.name)
-        if size and component.name != "host":
+        if size and component.name not in ("host", "disk"):
             table.add_row(component.name.replace("_", " "), f"{size / GIB:.3f}")
     table.add_section()
     table.add_row("total", f"{plan.memory.total / GIB:.3f}")
     if plan.memory.host:
         table.add_row("offloaded, for each rank of a node", f"{plan.memory.host / GIB:.3f}")
+    if plan.memory.disk:
+        table.add_row("on the node's disk, for each rank of it", f"{plan.memory.disk / GIB:.3f}")
     return table
 
 

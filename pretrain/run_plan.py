@@ -21,6 +21,7 @@ from pretrain.errors import ConfigError, Problem
 from pretrain.models.architecture import Architecture, UnknownFamily, resolve_architecture
 from pretrain.models.expert_plan import expert_problems
 from pretrain.models.flops import TokenFlops, count_flops
+from pretrain.models.fused_kernels import kernel_problems
 from pretrain.models.memory import Buffers, Layout, MemoryEstimate, Step, estimate_memory
 from pretrain.models.parameter_count import ParameterCount, count_parameters
 from pretrain.models.pipeline_stages import (
@@ -121,6 +122,7 @@ def layout_of(config: RunConfig, engine: str, topology: Topology, buffers: Buffe
         shards_weights=parallel.data_parallel == "shard",
         offloads_optimizer=parallel.offload_optimizer != "none",
         offloads_parameters=parallel.offload_parameters != "none",
+        optimizer_on_disk=parallel.offload_optimizer == "nvme",
         buffers=buffers,
     )
 
@@ -154,6 +156,7 @@ def _model_problems(
     """Why this model cannot be shared as the run wants; `fewest` micro-batches of a step, if that is known."""
     yield from sequence_problems(config, shape)
     yield from pipeline_problems(config, engine, shape, fewest)
+    yield from kernel_problems(config, shape)
     if shape is not None:
         yield from tensor_problems(config.parallel.tensor, shape)
         yield from expert_problems(config.parallel.expert, shape)
@@ -167,6 +170,8 @@ def read_buffers(file_values: Mapping[str, Any], zero_stage: int) -> Buffers:
         reduce_bucket_size=_number(values.get("reduce_bucket_size"), default.reduce_bucket_size),
         overlap_comm=bool(values.get("overlap_comm", zero_stage == 3)),
         max_live_parameters=_number(values.get("stage3_max_live_parameters"), default.max_live_parameters),
+        sub_group_size=_number(values.get("sub_group_size"), default.sub_group_size),
+        swap_buffers=_number(values.get("offload_optimizer", {}).get("buffer_count"), default.swap_buffers),
     )
 
 

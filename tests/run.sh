@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 source launch/environment.sh
 
 # DeepSpeed's CPU op and torch.compile; nodes over ssh, and a private Slurm, for tests/launch; a browser for pages
-SYSTEM_PACKAGES=(g++ openssh-client openssh-server pdsh munge slurm-wlm shellcheck chromium)
+SYSTEM_PACKAGES=(g++ libaio-dev openssh-client openssh-server pdsh munge slurm-wlm shellcheck chromium)
 
 wants_system=false
 wants_again=false
@@ -67,7 +67,7 @@ make_environment || exit 1
 
 export OMP_NUM_THREADS=1 # small tensors: more threads take twice the time
 export HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true GLOO_SOCKET_IFNAME=lo
-case $selection in *'not ranks'*) ;; *) stage 'DeepSpeed op' warm_deepspeed ;; esac
+case $selection in *'not ranks'*) ;; *) stage 'DeepSpeed ops' warm_deepspeed async_io ;; esac
 stage format .venv/bin/ruff format --check
 stage lint .venv/bin/ruff check
 stage types .venv/bin/mypy

@@ -22,6 +22,7 @@ from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
 from pretrain.engines.expert_groups import ExpertGroups
 from pretrain.engines.expert_parallel import ExpertRanks
+from pretrain.engines.offload_folder import OffloadFolder, require_async_io
 from pretrain.engines.rank_groups import RankGroups
 from pretrain.engines.sequence_parallel import share_rows
 from pretrain.engines.tensor_parallel import TensorRanks
@@ -33,10 +34,12 @@ from pretrain.models.build import ModelBuilder
 from pretrain.models.evaluation import sum_losses
 from pretrain.models.sharding import logical_shape, shard_of
 from pretrain.optimization.gradient_gate import GradientGate
+from pretrain.optimization.gradient_norm import global_norm
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
 from pretrain.random_streams import stream_seed
 from pretrain.topology import Topology
 
+SWAPPED_BYTES = 16  # of a parameter, in files: fp32 weight, two moments, gradient
 # of DeepSpeed's dynamic loss scaler: what the next step depends on
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -66,6 +69,7 @@ class ZeroEngine:
         settings = build_deepspeed_config(
             config, accumulation=accumulation, data_parallel=self._ranks, file_values=file_values
         )
+        self._disk = _take_disk(config, settings)
         if self._stage == 0:  # it knows neither whose gradients are whole, nor a norm in fp32: see _Clipper
             settings["gradient_clipping"] = 0.0
         with quiet():
@@ -80,6 +84,8 @@ class ZeroEngine:
             self._sequence.take_over(self._model)
         parameters = _trained_parameters(self._model)
         self._shapes = {name: logical_shape(weight) for name, weight in parameters.items()}
+        if self._disk:
+            _require_space(self._disk, parameters)
         optimizer = build_optimizer(parameters.items(), config.optimizer)
         if self._experts:
             self._experts.separate(optimizer)
@@ -216,7 +222,7 @@ class ZeroEngine:
         """See Engine."""
         self._gate.restore(state.scalars)
         self._state.create_moments(steps=state.scalars["optimizer_steps"])
-        held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs()
+        held = self._state.whole() if isinstance(self._state, ReplicatedState) else self._state.runs(to_write=True)
         for run in held:
             for kind in KINDS:
                 state.read_into(run.tensors[kind], run.name, kind, run.box, run.start)
@@ -229,9 +235,9 @@ class ZeroEngine:
         self._engine.destroy()
         if self._sequence:
             self._sequence.close()
-        for groups in (self._groups, self._experts):
-            if groups:
-                groups.close()
+        for held in (self._groups, self._experts, self._disk):
+            if held:
+                held.close()
         gc.unfreeze()
 
 
@@ -242,8 +248,23 @@ def _require_fp16(deepspeed: Any) -> None:
         )
 
 
+def _take_disk(config: RunConfig, settings: dict[str, Any]) -> OffloadFolder | None:
+    """This rank's folder, which DeepSpeed is told of; None where nothing is offloaded to a disk."""
+    if config.parallel.offload_optimizer != "nvme":
+        return None
+    require_async_io()
+    disk = OffloadFolder(str(config.parallel.offload_folder))
+    settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(disk.path)
+    return disk
+
+
 def _trained_parameters(model: Any) -> dict[str, nn.Parameter]:
     return {model.logical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _require_space(disk: OffloadFolder, parameters: Mapping[str, nn.Parameter]) -> None:
+    shards = sum(weight.ds_tensor.numel() for weight in parameters.values())  # type: ignore[attr-defined]
+    disk.require_space(SWAPPED_BYTES * shards * distributed.read_place().local_world_size)
 
 
 class _Clipper:
@@ -272,7 +293,7 @@ class _Clipper:
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The optimizer's hook before a step."""
-        self.norm = torch.nn.utils.get_total_norm([weight.grad for weight in self._counted if weight.grad is not None])
+        self.norm = global_norm([weight.grad for weight in self._counted if weight.grad is not None])
         if self._ranks is not None:
             self.norm = self.norm.float().square()
             dist.all_reduce(self.norm, group=self._ranks.group)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,11 @@ class ZeroState(ABC):
         return base
 
     @abstractmethod
-    def runs(self) -> Iterator[LocalRun]:
-        """This rank's part; moments must exist (see `create_moments`)."""
+    def runs(self, *, to_write: bool = False) -> Iterator[LocalRun]:
+        """This rank's part; moments must exist (see `create_moments`).
+
+        A run is to be read, or with `to_write` written, before the next one is asked for.
+        """
 
     def replicas(self) -> Iterator[Replica]:
         """The weights that forward reads: whole on every data rank, cut or whole on tensor ranks."""
@@ -78,8 +82,11 @@ class ZeroState(ABC):
 
     def create_moments(self, steps: int | None = None) -> None:
         """Make zero moments where no step has made them yet; with `steps`, set the optimizer's step count as well."""
+        self._make_moments(self._updated_tensors(), steps)
+
+    def _make_moments(self, tensors: Iterable[torch.Tensor], steps: int | None) -> None:
         is_fused = self._base_optimizer.param_groups[0].get("fused", False)
-        for tensor in self._updated_tensors():
+        for tensor in tensors:
             state = self._base_optimizer.state[tensor]
             for kind in MOMENTS:
                 if kind not in state:
@@ -109,7 +116,7 @@ class ReplicatedState(ZeroState):
                 for name, low in parameters.items():
                     self.masters[name].copy_(low)
 
-    def runs(self) -> Iterator[LocalRun]:
+    def runs(self, *, to_write: bool = False) -> Iterator[LocalRun]:
         """See ZeroState."""
         for name, master in self.masters.items():
             # experts are held by fewer ranks; see expert_groups.py
@@ -156,7 +163,7 @@ class ReplicatedState(ZeroState):
 class PartitionedState(ZeroState):
     """Stages 1 and 2: flat groups cut into one partition a rank; DeepSpeed maps each parameter to its run."""
 
-    def runs(self) -> Iterator[LocalRun]:
+    def runs(self, *, to_write: bool = False) -> Iterator[LocalRun]:
         """See ZeroState."""
         for name, parameter in self._parameters.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -182,51 +189,89 @@ class PartitionedState(ZeroState):
 
 
 class ShardedState(ZeroState):
-    """Stage 3: each parameter cut into equal shards, the last one padded."""
+    """Stage 3: each parameter cut into equal shards, the last one padded.
+
+    DeepSpeed lays shards one behind the other in groups. With offload to NVMe a group of at least a MiB lies in files
+    between steps, and its tensors are empty until it is fetched into buffers that all groups share.
+    """
 
     def _updated_tensors(self) -> list[torch.Tensor]:
         # DeepSpeed puts one of these into the base optimizer's group at a time, and takes it out again
         return list(self._optimizer.fp32_partitioned_groups_flat)
 
-    def runs(self) -> Iterator[LocalRun]:
+    def create_moments(self, steps: int | None = None) -> None:
         """See ZeroState."""
-        for name, parameter in self._parameters.items():
-            rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
-            tensors = {kind: self._shard(parameter, kind) for kind in (MASTER, *MOMENTS)}
-            length = tensors[MASTER].numel()
-            start = min(length * rank, parameter.ds_numel)  # type: ignore[attr-defined]
-            count = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]
-            yield LocalRun(
-                name=name,
-                shape=logical_shape(parameter),
-                box=held_box(parameter),
-                start=start,
-                count=count,
-                tensors={kind: tensor.narrow(0, 0, count) for kind, tensor in tensors.items()},
-            )
+        for group, tensor in enumerate(self._updated_tensors()):
+            if self._is_in_files(group) and not self._base_optimizer.state[tensor].keys() >= set(MOMENTS):
+                with self._fetched(group, to_write=True):
+                    self._make_moments([tensor], steps)
+        self._make_moments(self._updated_tensors(), steps)
 
     def replicas(self) -> Iterator[Replica]:
         """See ZeroState: every rank holds shards of its own."""
         return iter(())
 
-    def _shard(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        key = None if kind == MASTER else kind
-        shard, _ = self._optimizer._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=True, optim_state_key=key
-        )
-        values: torch.Tensor = shard.data
-        return values
+    def runs(self, *, to_write: bool = False) -> Iterator[LocalRun]:
+        """See ZeroState."""
+        for group, members in self._groups().items():
+            with self._fetched(group, to_write=to_write):
+                flat = self._updated_tensors()[group]
+                held = {MASTER: flat.data, **{kind: self._base_optimizer.state[flat][kind] for kind in MOMENTS}}
+                copies = self._is_in_files(group) and not to_write  # the buffers take the next group
+                for name, offset, length in members:
+                    parameter: Any = self._parameters[name]
+                    start = min(length * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
+                    count = min(length, parameter.ds_numel - start)
+                    parts = {kind: tensor.narrow(0, offset, count) for kind, tensor in held.items()}
+                    yield LocalRun(
+                        name=name,
+                        shape=logical_shape(parameter),
+                        box=held_box(parameter),
+                        start=start,
+                        count=count,
+                        tensors={kind: part.clone() for kind, part in parts.items()} if copies else parts,
+                    )
 
     @torch.no_grad()
     def publish_masters(self) -> None:
         """See ZeroState."""
-        for parameter in self._parameters.values():
-            shard = parameter.ds_tensor  # type: ignore[attr-defined]
-            shard.copy_(self._shard(parameter, MASTER).view_as(shard))
+        for group, members in self._groups().items():
+            with self._fetched(group):
+                for name, offset, length in members:
+                    shard = self._parameters[name].ds_tensor  # type: ignore[attr-defined]
+                    master = self._updated_tensors()[group].data.narrow(0, offset, length)
+                    shard.copy_(master.view_as(shard))
+        self._optimizer.invalidate_secondary_tensor()  # ZeRO++'s copies within the node, which the next forward renews
         persistent = self._optimizer.persistent_parameters  # small ones that stay gathered between steps
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+    def _groups(self) -> dict[int, list[tuple[str, int, int]]]:
+        """Of each group the parameters in it: name, first element of the shard, its elements with padding."""
+        groups: dict[int, list[tuple[str, int, int]]] = {}
+        for name, parameter in self._parameters.items():
+            group, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            groups.setdefault(group, []).append((name, int(offset), int(length)))
+        return groups
+
+    def _is_in_files(self, group: int) -> bool:
+        return bool(self._optimizer._swappable_optimizer_subgroup(group))
+
+    @contextmanager
+    def _fetched(self, group: int, *, to_write: bool = False) -> Iterator[None]:
+        """In the block the group's tensors have their values; with `to_write` its files have what the block left."""
+        if not self._is_in_files(group):
+            yield
+            return
+        self._optimizer._optimizer_states_and_gradient_swap_in(group)
+        try:
+            yield
+        finally:
+            if to_write:
+                self._optimizer._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
+            else:
+                self._optimizer._release_swap_buffers(group)
 
 
 def held_box(parameter: nn.Parameter) -> Box:

@@ -17,6 +17,7 @@ from pretrain.models.pipeline_stages import Stage, partition_layers, stages_of_r
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MOMENTS = 2  # of AdamW
+SMALLEST_FILE = 2**20  # bytes: DeepSpeed keeps less than that in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Buffers:
     reduce_bucket_size: int = 500_000_000
     overlap_comm: bool = False  # a second bucket is filled while the first is sent
     max_live_parameters: int = 1_000_000_000  # stage 3: gathered weights
+    sub_group_size: int = 1_000_000_000  # stage 3: what is updated at a time, and fetched from a disk
+    swap_buffers: int = 4  # of a sub-group's size, between the disk and the update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class Layout:
     shards_weights: bool = False  # accelerate engine: FSDP2 instead of DDP
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
+    optimizer_on_disk: bool = False  # offloaded to NVMe, not to the host's memory
     buffers: Buffers = Buffers()
 
     @property
@@ -91,12 +95,13 @@ class MemoryEstimate:
     communication: int  # reduction buckets
     activations: int  # kept for backward
     logits: int  # logits of one loss chunk, and the output head's gradient; or a layer's backward, if that is more
-    host: int = 0  # in the host's memory or on its disk instead: what is offloaded
+    host: int = 0  # in the host's memory instead: what is offloaded
+    disk: int = 0  # on the node's disk instead
 
     @property
     def total(self) -> int:
-        """All components but the host's."""
-        return int(sum(getattr(self, component.name) for component in fields(self))) - self.host
+        """All components but the host's and the disk's."""
+        return int(sum(getattr(self, component.name) for component in fields(self))) - self.host - self.disk
 
 
 def estimate_memory(shape: Architecture, count: ParameterCount, layout: Layout, step: Step) -> MemoryEstimate:
@@ -146,8 +151,13 @@ def _rank_memory(
         "moments": MOMENTS * FP32_BYTES * optimizer_share,
     }
     gradients = _gradient_bytes(layout, step) * (shard if layout.stage >= 2 or layout.shards_weights else parameters)
-    host = 0
-    if layout.offloads_optimizer:  # the gradients' sums go where the update is computed
+    host = disk = 0
+    if layout.optimizer_on_disk and FP32_BYTES * shard >= SMALLEST_FILE:
+        buffer = min(shard, layout.buffers.sub_group_size)
+        host += FP32_BYTES * (shard + layout.buffers.swap_buffers * buffer)  # with the gradients' sums
+        disk += sum(optimizer.values()) + FP32_BYTES * shard  # the update reads gradients from there as well
+        optimizer, gradients = dict.fromkeys(optimizer, 0), 0
+    elif layout.offloads_optimizer:  # the gradients' sums go where the update is computed
         host += sum(optimizer.values()) + _offloaded_gradient_bytes(shape, layout, step, parameters, shard)
         optimizer, gradients = dict.fromkeys(optimizer, 0), 0
     if layout.offloads_parameters:
@@ -162,6 +172,7 @@ def _rank_memory(
         activations=sum(_activation_bytes(shape, stages, number, layout, step) for number in own),
         logits=_logit_bytes(shape, layout, step) if stages[own[-1]].is_last else 0,
         host=host,
+        disk=disk,
     )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
-from pretrain.compatibility import LAYOUT_FEATURES, USES, Choice, Feature, choose_engine
-from tests.pretrain.engines.cases import VOCABULARY, Case
+from pretrain.compatibility import LAYOUT_FEATURES, USES, Choice, choose_engine
+from pretrain.refused_pairs import Feature
+from tests.pretrain.engines.cases import LARGE_TABLES, VOCABULARY, Case
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,14 @@ def _offload_cells() -> list[Cell]:
     optimizer = Case(engine="zero", offload_optimizer="cpu")
     parameters = Case(engine="zero", zero_stage=3, offload_parameters="cpu")
     both = replace(parameters, offload_optimizer="cpu")
+    disk = Case(engine="zero", zero_stage=3, offload_optimizer="nvme", model=LARGE_TABLES)
     return [
+        Cell(2, disk),
+        Cell(2, replace(disk, precision="bf16", tied=True, micro_batch_size=2), slow=True),
+        Cell(2, replace(disk, tensor=2, recomputation="selective", model=(("vocab_size", 18_000),))),
+        Cell(2, replace(disk, sequence=2, recomputation="full", recompute_every=2, layers=3)),
+        Cell(2, replace(disk, offload_parameters="cpu")),
+        Cell(1, replace(disk, micro_batch_size=8)),
         *(
             Cell(2, replace(optimizer, zero_stage=stage, precision=precision))
             for stage, precision in ((1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"))
@@ -345,12 +353,14 @@ def _offload_cells() -> list[Cell]:
 
 
 LARGE = 50_000  # so many times fewer parameters have these cases than 7 billion
+LARGE_ENOUGH_FOR_FILES = 400  # DeepSpeed puts no group of less than a MiB on a disk
 
 
 def _file_cells() -> list[Cell]:
     """Every shipped DeepSpeed file as it is, and with buckets as full as a model of 7 billion parameters fills them."""
     zero = Case(engine="zero")
     away = replace(zero, ds_config="offload-cpu.json", offload_optimizer="cpu")
+    disk = Case(zero_stage=3, ds_config="offload-nvme.json", offload_optimizer="nvme", model=LARGE_TABLES)
     large_away = replace(away, sizes_divided_by=LARGE, micro_batch_size=2)
     long_rows = Case(sequence=2, zero_stage=3, recomputation="full", ds_config="long-sequence.json")
     piped = Case(pipeline=2, micro_batch_size=2, ds_config="pipeline.json")
@@ -365,6 +375,7 @@ def _file_cells() -> list[Cell]:
         Cell(2, replace(away, zero_stage=3, offload_parameters="cpu")),
         Cell(2, replace(large_away, zero_stage=2)),
         Cell(2, replace(large_away, zero_stage=3, offload_parameters="cpu")),
+        Cell(2, replace(disk, sizes_divided_by=LARGE_ENOUGH_FOR_FILES, micro_batch_size=2)),
         Cell(2, long_rows),
         Cell(2, replace(long_rows, sizes_divided_by=LARGE)),
         Cell(2, piped),

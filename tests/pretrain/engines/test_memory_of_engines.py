@@ -18,7 +18,7 @@ from pretrain.models.batch import Batch
 from pretrain.models.build import ModelBuilder
 from pretrain.run_plan import plan_run
 from tests.distributed.ranks import RankPool
-from tests.pretrain.engines.cases import PARALLEL_KEYS
+from tests.pretrain.engines.cases import OFFLOAD_FOLDER, PARALLEL_KEYS, Case, skip_without_async_io
 from tests.pretrain.engines.matrix import CELLS
 
 pytestmark = pytest.mark.ranks
@@ -92,6 +92,8 @@ def held_and_predicted(parallel: tuple[tuple[str, Any], ...], precision: str) ->
     ranks = distributed.world_size()
     section = dict(parallel)
     model = SPARSE if section["expert"] > 1 else DENSE
+    if section["offload_optimizer"] == "nvme":
+        section["offload_folder"] = str(OFFLOAD_FOLDER)
     config = RunConfig.model_validate({**VALUES, "model": model, "precision": precision, "parallel": section})
     plan = plan_run(config, ranks)
     before = set(storages())
@@ -135,6 +137,7 @@ def held_and_predicted(parallel: tuple[tuple[str, Any], ...], precision: str) ->
 def test_ranks_hold_what_was_predicted(
     rank_pool: Callable[[int], RankPool], ranks: int, parallel: tuple[tuple[str, Any], ...], precision: str
 ) -> None:
+    skip_without_async_io(Case(offload_optimizer=dict(parallel)["offload_optimizer"]))
     found = rank_pool(ranks).run(held_and_predicted, parallel, precision)
     fullest, (_, predicted, gathered) = max(held for held, *_ in found), found[0]
     assert predicted * (1 - TOLERANCE) <= fullest <= (predicted + gathered) * (1 + TOLERANCE)

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.compatibility import find_conflicts
-from pretrain.config import RunConfig
 from pretrain.engines.zero import ZeroEngine
 from pretrain.errors import ConfigError
 from pretrain.run_plan import plan_run
@@ -92,11 +90,3 @@ def test_refused_before_launch(case: Case, found: str, change: str) -> None:
         plan_run(case.config, 2)
     (problem,) = [problem for problem in error.value.problems if found in problem.found]
     assert problem.change.startswith(change)
-
-
-def test_nvme_is_refused_with_its_reason() -> None:
-    values = CASE.config.model_dump()
-    values["parallel"] |= {"offload_optimizer": "nvme", "offload_folder": "/fast"}
-    (problem,) = find_conflicts(RunConfig.model_validate(values), 2)
-    assert "neither read nor write" in problem.found
-    assert problem.change.startswith("set parallel.offload_optimizer=cpu")
