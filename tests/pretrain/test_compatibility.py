@@ -53,11 +53,10 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
 
 
 def run(*features: Feature) -> tuple[RunConfig, int]:
-    values: dict[str, Any] = {**BASE, "parallel": {}}
+    values: dict[str, Any] = dict(BASE)
     for feature in features:
-        change = SWITCHES[feature]
-        values["parallel"] = values["parallel"] | change.get("parallel", {})
-        values |= {key: value for key, value in change.items() if key != "parallel"}
+        for key, change in SWITCHES[feature].items():
+            values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change
     return RunConfig.model_validate(values), 8 if "several processes" in features else 1
 
 
