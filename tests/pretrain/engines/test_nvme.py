@@ -17,8 +17,16 @@ from pretrain.engines.offload_folder import OffloadFolder, require_async_io
 from pretrain.errors import ConfigError
 from pretrain.models.memory import SMALLEST_FILE
 from pretrain.run_plan import plan_run
-from tests.pretrain.engines.cases import LARGE_TABLES, WITHOUT_ASYNC_IO, Case, has_async_io, start_engine, step_batches
-from tests.pretrain.engines.parity import Pool
+from tests.pretrain.engines.cases import (
+    LARGE_TABLES,
+    WITHOUT_ASYNC_IO,
+    Case,
+    has_async_io,
+    start_engine,
+    step_batches,
+    train_case,
+)
+from tests.pretrain.engines.parity import TOLERANCES, Pool, plain, state_differences
 
 NEEDS_ASYNC_IO = pytest.mark.skipif(not has_async_io(), reason=WITHOUT_ASYNC_IO)
 CASE = Case(engine="zero", zero_stage=3, offload_optimizer="nvme", model=LARGE_TABLES)
@@ -53,6 +61,17 @@ def test_a_small_group_stays_in_memory(rank_pool: Pool) -> None:
     for files, held, _ in rank_pool(2).run(bytes_in_files, replace(CASE, tied=True)):
         assert files
         assert held > 0
+
+
+@NEEDS_ASYNC_IO
+@pytest.mark.ranks
+def test_a_skipped_step_leaves_the_files_as_they_were(rank_pool: Pool) -> None:
+    case = replace(CASE, poisoned_step=2)
+    outcomes, reference = rank_pool(2).run(train_case, case), plain(rank_pool, case)
+    assert outcomes[0].skipped == outcomes[1].skipped == reference.skipped == [False, False, True, False, False]
+    weights, moments = state_differences(outcomes, reference)
+    assert weights <= TOLERANCES["fp32"].weights
+    assert moments <= TOLERANCES["fp32"].moments
 
 
 def test_folders_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
