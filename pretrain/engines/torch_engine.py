@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from pretrain.config import RunConfig
 from pretrain.engines.base import StepResult
@@ -26,7 +27,7 @@ class TorchEngine(ABC):
         config: RunConfig,
         device: torch.device,
         model: TrainingModel,
-        updated: Iterable[tuple[str, torch.Tensor]],
+        updated: Iterable[tuple[str, nn.Parameter]],
     ) -> None:
         self._config = config
         self._device = device
