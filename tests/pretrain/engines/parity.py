@@ -18,7 +18,7 @@ from pretrain.checkpoint.fragments import KINDS, MASTER
 from pretrain.run_plan import plan_run
 from tests.distributed.ranks import REPOSITORY, RankPool, run_on_ranks
 from tests.pretrain.engines.cases import Case, Outcome, assemble, train_case
-from tests.pretrain.engines.matrix import Cell
+from tests.pretrain.engines.cell import Cell
 
 Pool = Callable[[int], RankPool]
 

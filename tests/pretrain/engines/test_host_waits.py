@@ -12,8 +12,8 @@ import pytest
 
 from tests.distributed.ranks import RankPool
 from tests.pretrain.engines.cases import Case, start_engine, step_batches
+from tests.pretrain.engines.cell import Cell
 from tests.pretrain.engines.host_reads import CountReads
-from tests.pretrain.engines.matrix import Cell
 
 pytestmark = pytest.mark.ranks
 

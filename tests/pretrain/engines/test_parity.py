@@ -10,7 +10,8 @@ import pytest
 from pretrain.compatibility import LAYOUT_FEATURES, find_conflicts, refusal_of
 from pretrain.refused_pairs import Feature
 from tests.pretrain.engines.cases import DS_CONFIGS, Case, skip_without_async_io, train_case
-from tests.pretrain.engines.matrix import CELLS, Cell
+from tests.pretrain.engines.cell import Cell
+from tests.pretrain.engines.matrix import CELLS
 from tests.pretrain.engines.parity import TOLERANCES, Pool, compare, plain, state_differences
 
 
