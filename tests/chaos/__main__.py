@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first case; the next ones count up; default: drawn")
     parser.add_argument("--count", type=int, help="cases of each kind; default: those of the full table")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work here, and keep what well-ended cases leave")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work here, keep all, and take what lies here")
     parser.add_argument("--outcomes", type=Path, metavar="FILE", help="add every outcome here, for tests.chaos.report")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -18,6 +18,7 @@ from tests.chaos.lives import ForkServer, Life
 from tests.chaos.results import Final, find_differences, read_final
 
 DEADLINE_SECONDS = 180  # of one life, which takes a few on an idle machine
+ENDED_WELL = "ended-well"  # file beside a run that a later session in the same folder need not make again
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ class Bench:
         place = self.folder / "undisturbed" / layout.name.replace(" ", "-")
         whole = self._live(layout, place / "whole")
         self._live(layout, place / "stopped", f"schedule.stop_at_step={STOPPED_AT}")
-        shutil.copytree(place / "stopped" / "run", place / "resumed" / "run")
-        resumed = self._live(layout, place / "resumed")
+        resumed = self._live(layout, place / "resumed", begun=place / "stopped" / "run")
         final = read_final(place / "whole" / "run")
         differences = list(find_differences(read_final(place / "resumed" / "run"), final))
         assert not differences, f"{layout.name}: stopped and gone on with, a run ends otherwise: {differences}"
@@ -94,8 +94,21 @@ class Bench:
             stopped=place / "stopped" / "run",
         )
 
-    def _live(self, layout: Layout, place: Path, *more: str, faults: Sequence[dict[str, Any]] = ()) -> Life:
-        place.mkdir(parents=True, exist_ok=True)
+    def _live(
+        self,
+        layout: Layout,
+        place: Path,
+        *more: str,
+        faults: Sequence[dict[str, Any]] = (),
+        begun: Path | None = None,
+    ) -> Life:
+        """One life, going on with a run folder or from step 0; what an earlier session has left here is taken."""
+        if (place / ENDED_WELL).exists():
+            return Life(number=1, folder=place)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        if begun is not None:
+            shutil.copytree(begun, place / "run")
         words = training_words(layout, write_run(place, self.dataset), *more)
         life = self.server.run(
             words,
@@ -107,6 +120,7 @@ class Bench:
             deadline_seconds=DEADLINE_SECONDS,
         )
         assert set(life.exit_codes) == {0}, f"{layout.name}: an undisturbed run ended {life.exit_codes}\n{life.log()}"
+        (place / ENDED_WELL).touch()
         return life
 
 
