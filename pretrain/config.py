@@ -220,9 +220,12 @@ class ReportingSection(Section):
     """Where numbers go besides metrics.jsonl."""
 
     every_steps: int = Field(default=1, ge=1)
+    # null: never; costs a pass over weights and moments, at those of these steps that have a line
+    update_ratios_every_steps: int | None = Field(default=100, ge=1)
     mlflow: bool = True
     mlflow_uri: str | None = None  # null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder
     mlflow_experiment: str = "athanor"
+    tags: dict[str, str] = Field(default_factory=dict)  # of the MLflow run
     tensorboard: bool = True
     wandb: bool = False
     wandb_mode: Literal["offline", "online"] = "offline"  # offline: files in the run folder, sent later by `wandb sync`

@@ -100,7 +100,7 @@ def open_parts(
         rows=rows,
         store=store,
         copies=copies,
-        engine=_build_engine(config, plan, place.device),
+        engine=build_run_engine(config, plan, place.device),
         stop=stop,
         phases=phases,
         ledger=GoodputLedger(config.folder / goodput.FILE_NAME if place.is_main_process else None, phases),
@@ -151,7 +151,13 @@ def stored_metadata(parts: RunParts, reporter: Reporter, guard: Guard, progress:
     }
 
 
-def _build_engine(config: RunConfig, plan: RunPlan, device: torch.device) -> Engine:
+def build_run_engine(
+    config: RunConfig,
+    plan: RunPlan,
+    device: torch.device,
+    adjust: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Engine:
+    """The engine with its starting weights; `adjust` changes what the DeepSpeed file says. Every rank must call."""
     builder = ModelBuilder(
         config.model,
         seed=config.seed,
@@ -167,5 +173,5 @@ def _build_engine(config: RunConfig, plan: RunPlan, device: torch.device) -> Eng
         device,
         topology=plan.topology,
         accumulation=plan.batch.accumulation,
-        file_values=read_deepspeed_file(file) if file else {},
+        file_values=adjust(read_deepspeed_file(file) if file else {}),
     )

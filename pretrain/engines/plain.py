@@ -40,11 +40,12 @@ class PlainEngine(TorchEngine):
         self._model.train()
         targets = max(1, sum(batch.target_count for batch in micro_batches))
         sums = torch.zeros(2, device=self._device)
-        for index, batch in enumerate(micro_batches):
-            torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index))
-            loss_sum, z_loss_sum = self._model(batch.to(self._device))
-            ((loss_sum + self._config.loss.z_loss * z_loss_sum) / targets).backward()
-            sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
+        with self._parts.part("forward_backward"):
+            for index, batch in enumerate(micro_batches):
+                torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index))
+                loss_sum, z_loss_sum = self._model(batch.to(self._device))
+                ((loss_sum + self._config.loss.z_loss * z_loss_sum) / targets).backward()
+                sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         return self._finish_step(sums, targets, lambda of_this_rank: of_this_rank)
 
     def _update(self) -> torch.Tensor:
