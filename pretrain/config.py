@@ -221,7 +221,7 @@ class ReportingSection(Section):
 
     every_steps: int = Field(default=1, ge=1)
     # null: never; costs a pass over weights and moments, at those of these steps that have a line
-    update_ratios_every_steps: int | None = Field(default=100, ge=1)
+    update_ratios_every_steps: int | None = Field(default=None, ge=1)
     mlflow: bool = True
     mlflow_uri: str | None = None  # null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder
     mlflow_experiment: str = "athanor"

@@ -101,7 +101,8 @@ METRICS = (
         title="Update to weight ratio",
         unit="",
         meaning="L2 norm of this step's change of the group's weights over the norm before it. Groups: embeddings, each"
-        " layer, head, other. Every `reporting.update_ratios_every_steps`; absent after a skipped step.",
+        " layer, head, other. Every `reporting.update_ratios_every_steps` (default: never); absent after a skipped"
+        " step.",
         form="{:.2e}",
     ),
     Metric(

@@ -36,10 +36,10 @@ def losses_by_source(case: Case, with_sources: bool) -> tuple[list[list[float]] 
 LAYOUTS = [
     pytest.param(2, Case(engine="zero", zero_stage=1), id="zero 1"),
     pytest.param(2, Case(engine="zero", zero_stage=3), id="zero 3"),
-    pytest.param(2, Case(engine="zero", zero_stage=1, tensor=2), id="tensor"),
-    pytest.param(2, Case(engine="zero", zero_stage=1, sequence=2), id="sequence"),
-    pytest.param(2, Case(engine="accelerate"), id="ddp"),
-    pytest.param(2, Case(engine="accelerate", data_parallel="shard"), id="fsdp"),
+    pytest.param(2, Case(engine="zero", zero_stage=1, tensor=2), id="tensor", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="zero", zero_stage=1, sequence=2), id="sequence", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="accelerate"), id="ddp", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="accelerate", data_parallel="shard"), id="fsdp", marks=pytest.mark.slow),
 ]
 
 

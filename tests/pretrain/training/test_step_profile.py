@@ -66,8 +66,8 @@ def profile_words(words: list[str]) -> int:
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
     [
-        (1, {"engine": "plain"}),
-        (2, {"engine": "zero", "zero_stage": 1}),
+        pytest.param(1, {"engine": "plain"}, marks=pytest.mark.slow),
+        pytest.param(2, {"engine": "zero", "zero_stage": 1}, marks=pytest.mark.slow),
         pytest.param(2, {"engine": "pipeline", "pipeline": 2, "zero_stage": 0}, marks=pytest.mark.slow),
         pytest.param(2, {"engine": "accelerate"}, marks=pytest.mark.slow),
     ],

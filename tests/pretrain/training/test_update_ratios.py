@@ -43,12 +43,12 @@ def measured(before: list[Outcome], after: list[Outcome]) -> dict[str, float]:
 
 LAYOUTS = [
     pytest.param(1, Case(engine="plain"), id="plain"),
-    pytest.param(2, Case(engine="zero", zero_stage=1), id="zero 1"),
-    pytest.param(2, Case(engine="zero", zero_stage=3, model_type="gpt2"), id="zero 3"),
-    pytest.param(2, Case(engine="zero", zero_stage=0, tensor=2), id="tensor"),
-    pytest.param(2, Case(engine="pipeline", pipeline=2, zero_stage=0), id="stages"),
-    pytest.param(2, Case(engine="accelerate"), id="ddp"),
-    pytest.param(2, Case(engine="accelerate", data_parallel="shard"), id="fsdp"),
+    pytest.param(2, Case(engine="zero", zero_stage=1), id="zero 1", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="zero", zero_stage=3, model_type="gpt2"), id="zero 3", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="zero", zero_stage=0, tensor=2), id="tensor", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="pipeline", pipeline=2, zero_stage=0), id="stages", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="accelerate"), id="ddp", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="accelerate", data_parallel="shard"), id="fsdp", marks=pytest.mark.slow),
 ]
 
 
