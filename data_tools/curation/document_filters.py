@@ -29,7 +29,6 @@ from data_tools.curation.recipe import (
     QualityFilter,
 )
 from data_tools.errors import UsageError
-from data_tools.languages import load_language_identifier
 
 
 def build_filter(step: Language | QualityFilter, drops: DropLog, words: WordTokenizer) -> PipelineStep:
@@ -84,7 +83,7 @@ class LanguageFilter(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """Return whether a document stays, or why it goes."""
         if self._identifier is None:
-            self._identifier = load_language_identifier()
+            self._identifier = _load_identifier()
         label, probability = self._identifier.classify(doc.text[: self.step.characters])
         self.replaced[label] += 1
         doc.metadata["language"] = label
@@ -100,7 +99,7 @@ class LanguageFilter(BaseFilter):
 
 def known_languages() -> list[str]:
     """Return the labels that py3langid can give."""
-    return sorted(load_language_identifier().labels)
+    return sorted(_load_identifier().labels)
 
 
 class WholeC4Filter(C4QualityFilter):
@@ -158,6 +157,12 @@ def _c4_quality(step: C4Quality, drops: DropLog, words: WordTokenizer | str) -> 
         filter_policy=step.remove_policy_lines,
         language=words,
     )
+
+
+def _load_identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _datatrove_tokenizer(language: str) -> str:

@@ -18,7 +18,6 @@ from torch import nn
 
 from pretrain.models.loss import OutputHead, VocabularyShare
 from pretrain.models.sharding import SHARD, Shard, even_share
-from pretrain.models.source_losses import TokenSources
 from pretrain.models.tensor_plan import Style, TensorPlan
 from pretrain.models.training_model import TrainingModel
 
@@ -159,15 +158,11 @@ class VocabularyHead(OutputHead):
     ranks: TensorRanks
 
     def forward(  # type: ignore[override]
-        self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        target_count: int = 0,
-        sources: TokenSources | None = None,
+        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, target_count: int = 0
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See OutputHead.forward; logits are not given."""
         assert labels is not None, "a cut head gives losses only"
-        return super().forward(_apply(_Copy, hidden, self.ranks), labels, target_count, sources)
+        return super().forward(_apply(_Copy, hidden, self.ranks), labels, target_count)
 
 
 def split_model(model: TrainingModel, ranks: TensorRanks) -> None:

@@ -1,10 +1,8 @@
-"""A run configuration with every destination off, to be switched on as needed, and a server that never answers."""
+"""A run configuration with every destination off, for the tests of this folder to switch on what they need."""
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,29 +27,3 @@ def make_config() -> Callable[..., RunConfig]:
         )
 
     return make
-
-
-@pytest.fixture
-def silent_server() -> Iterator[tuple[str, threading.Event]]:
-    """A server that takes every connection and never answers."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    connected = threading.Event()
-    kept: list[socket.socket] = []
-
-    def accept() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            kept.append(connection)
-            connected.set()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}", connected
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join(30)
-    for connection in kept:
-        connection.close()
