@@ -5,7 +5,6 @@ The work is done by the modules, imported inside the commands: `--help` must not
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ from data_tools.choices import (
 )
 from data_tools.errors import DataToolsError, ShardError, UsageError
 from data_tools.job_commands import register
+from data_tools.look_commands import register_looks
 
 if TYPE_CHECKING:
     from data_tools.manifest import Manifest
@@ -229,38 +229,6 @@ def export_token_files(
         typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
-@app.command("inspect")
-def inspect_dataset(
-    dataset: Dataset,
-    rows: Annotated[int, typer.Option(min=0, help="Rows of each split to decode.")] = 1,
-    row: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens a row, if not packed.")] = None,
-    histogram: Annotated[Path | None, typer.Option(help="Draw lengths and token frequencies as this .png.")] = None,
-) -> None:
-    """Show the manifest, rows as text with their boundaries, and the lengths of documents."""
-    from data_tools.inspect import describe
-
-    typer.echo(describe(dataset, rows=rows, first_row=row, sequence_length=sequence_length))
-    if histogram is not None:
-        from data_tools.histograms import draw_histograms
-
-        draw_histograms(dataset, histogram)
-        typer.echo(f"{histogram}: {histogram.stat().st_size:,} bytes")
-
-
-@app.command()
-def stats(
-    dataset: Dataset,
-    top: Annotated[int, typer.Option(min=0, help="Most frequent tokens to list.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Count documents, tokens, lengths and frequencies, split by split."""
-    from data_tools.inspect import describe_statistics, statistics
-
-    numbers = statistics(dataset, top=top)
-    typer.echo(json.dumps(numbers, ensure_ascii=False, indent=1) if as_json else describe_statistics(numbers))
-
-
 @app.command()
 def verify(
     dataset: Dataset,
@@ -389,6 +357,7 @@ def _storage_message(error: OSError) -> str:
 
 
 register(app, _use_threads)
+register_looks(app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -70,7 +70,7 @@ def describe_rows(dataset: TokenDataset, count: int, first: int = 0, sequence_le
     total = dataset.row_count(length)
     if not 0 <= first < total and count:
         raise UsageError(f"row {first} of {dataset.folder}", f"0 to {total - 1}", "choose another --row")
-    tokenizer = _tokenizer_of(dataset)
+    tokenizer = tokenizer_of(dataset)
     lines = []
     for index in range(first, min(first + count, total)):
         row = dataset.row(index, length)
@@ -147,7 +147,7 @@ def describe_statistics(numbers: dict[str, dict[str, Any]]) -> str:
 def _split_statistics(dataset: TokenDataset, top: int) -> dict[str, Any]:
     lengths = document_lengths(dataset)
     counts = token_counts(dataset)
-    tokenizer = _tokenizer_of(dataset)
+    tokenizer = tokenizer_of(dataset)
     per_token = bytes_per_token(dataset)
     shares = counts / counts.sum()
     present = shares[shares > 0]
@@ -186,7 +186,7 @@ def bytes_per_token(dataset: TokenDataset) -> float | None:
         return None
 
 
-def _tokenizer_of(dataset: TokenDataset) -> DocumentTokenizer | None:
+def tokenizer_of(dataset: TokenDataset) -> DocumentTokenizer | None:
     """Return the tokenizer beside a dataset, or None where there is none.
 
     Raises:

@@ -39,7 +39,8 @@ def judge(folder: Path, launcher_code: int, *, asked_by: str | None = None) -> O
     if launcher_code == 0 and not any(status.code for status in statuses if status.code != PREEMPTED):
         stopped = bool(failed) and all(status.code == PREEMPTED for status in failed)
         return Outcome(code=PREEMPTED, paragraph=_stopped(failed)) if stopped else Outcome(code=0, paragraph="")
-    if asked_by and all(status.code == PREEMPTED or _died_of_the_wish(status) for status in failed):
+    has_silent = any(status.code is None for status in statuses)  # killed together with its guardian
+    if asked_by and not has_silent and all(status.code == PREEMPTED or _died_of_the_wish(status) for status in failed):
         is_early = not any(status.code == PREEMPTED for status in failed)
         return Outcome(code=PREEMPTED, paragraph=_stopped_early(asked_by) if is_early else _stopped(failed))
     if not failed:

@@ -92,6 +92,17 @@ def presets(
 
 
 @app.command()
+def metrics(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """List every number that a run reports, with its unit and meaning."""
+    from pretrain.reporting.metric_table import markdown_lines, plain_lines
+
+    for line in markdown_lines() if markdown else plain_lines():
+        print(line)
+
+
+@app.command()
 def samples(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run configuration, or a run folder.")],
     overrides: Overrides = None,
@@ -155,6 +166,7 @@ def monitor(
     every_seconds: Annotated[float, typer.Option(min=0.2, help="Between two looks.")] = 2.0,
     log_alerts: Annotated[bool, typer.Option(help="Log each alert on stderr.")] = False,
     webhook: Annotated[str | None, typer.Option(help="POST each alert as JSON to this address.")] = None,
+    mlflow_tags: Annotated[bool, typer.Option("--mlflow-tags", help="Tag each run on its MLflow.")] = False,
 ) -> None:
     """Watch runs from their folders alone: curves, speed, time left, alerts.
 
@@ -167,7 +179,47 @@ def monitor(
     if webhook:
         targets.append(alert_targets.to_webhook(webhook))
     is_once = not (sys.stdout.isatty() and html is None if follow is None else follow)
-    watch(runs, every_seconds=every_seconds, is_once=is_once, page=html, targets=targets)
+    watch(runs, every_seconds=every_seconds, is_once=is_once, page=html, targets=targets, is_tagging=mlflow_tags)
+
+
+@app.command()
+def profile(
+    run: RunFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to profile.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", min=2, help="Steps before them.")] = 3,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: RUN_FOLDER/profile.")] = None,
+) -> None:
+    """Run a few steps under torch's profiler and show where the time went.
+
+    Under a launcher on every rank; with DeepSpeed's flops and collectives; a Chrome trace is written. Nothing is saved.
+    """
+    from pretrain.run_profile import profile_run
+
+    profile_run(run, overrides or [], steps=steps, warmup=warmup, output=output, tell=print)
+
+
+@app.command()
+def track(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    replay: Annotated[bool, typer.Option("--replay", help="Send what is missing; again does no harm.")] = False,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(help="mlflow, tensorboard or wandb; may be given several times; default: the configured ones."),
+    ] = None,
+    mlflow_uri: Annotated[str | None, typer.Option(help="Another MLflow than the run's own.")] = None,
+) -> None:
+    """Compare what trackers hold with metrics.jsonl, and fill them from it.
+
+    MLflow also while the run trains; TensorBoard and W&B files when it does not. Exit code 1: something is missing.
+    """
+    # MLflow's own patience is eight tries of two minutes each
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    from pretrain.monitoring import track as tracking
+
+    is_whole = tracking.track(runs, trackers=to or [], mlflow_uri=mlflow_uri, is_replay=replay, tell=print)
+    raise typer.Exit(0 if is_whole else 1)
 
 
 @app.command()
@@ -194,44 +246,23 @@ def evaluate(
 def export(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option(help="Stored type of the weights; auto: that of an imported model, else bf16."),
-    ] = "auto",
-    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file: 5GB, 500MB.")] = "5GB",
-    check: Annotated[
-        Literal["auto", "logits", "tensors"],
-        typer.Option(help="logits: with transformers, for which whole models are made; auto: where they fit."),
-    ] = "auto",
-    adapter: Annotated[bool, typer.Option("--adapter", help="Of a run with model.lora: a peft folder, unmerged.")] = (
-        False
-    ),
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Stored type of the weights.")] = "bf16",
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also a version of this model in the run's MLflow registry.")
+    ] = None,
 ) -> None:
     """Write a Hugging Face folder, and check it.
 
     transformers must load it with logits equal to the trained weights'.
     """
-    from pretrain.export import export_source, parse_size
-    from pretrain.export_adapter import export_adapter
+    from pretrain.export import export_source
 
-    if adapter:
-        print(export_adapter(source, output))
-        return
-    print(export_source(source, output, dtype=dtype, shard_bytes=parse_size(max_shard_size), check=check))
+    report = export_source(source, output, dtype=dtype)
+    print(report)
+    if register:
+        from pretrain.monitoring.registration import register_export
 
-
-@app.command("import")
-def import_(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-) -> None:
-    """Check a Hugging Face folder and make it a checkpoint of step 0.
-
-    Training starts from it with model.weights=OUTPUT, on any layout; evaluate, generate and export read it.
-    """
-    from pretrain.import_folder import import_folder
-
-    print(import_folder(folder, output))
+        print(register_export(source, report.folder, report.step, register))
 
 
 @app.command()

@@ -10,28 +10,22 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from pretrain import distributed
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.config import RunConfig
-from pretrain.data.ledger import ledger_values, require_enough
+from pretrain.data.ledger import require_enough
 from pretrain.data.loader import TrainingLoader
-from pretrain.distributed import Place
 from pretrain.errors import Preempted
-from pretrain.models.flops import peak_flops
 from pretrain.optimization.schedules import build_schedule
 from pretrain.reporting.record import Outcome
-from pretrain.reporting.reporter import Reporter, build_reporter
+from pretrain.run_metrics import SourceValues, build_meter
 from pretrain.run_parts import RunParts, build_run_canary, restore_run, stored_metadata
-from pretrain.run_plan import RunPlan
+from pretrain.run_reporter import build_run_reporter
 from pretrain.run_rows import samples_of, validation_sets
 from pretrain.training import incidents
 from pretrain.training.guard import Guard
 from pretrain.training.health import RankHealth
 from pretrain.training.incidents import read_incidents
 from pretrain.training.loop import TrainingLoop
-from pretrain.training.metrics import StepMeter
 from pretrain.training.progress import Progress
 from pretrain.training.rollback import RollBack, Timeline, describe, find_good_checkpoint, require_allowed
 from pretrain.training.saving import Saves
@@ -113,10 +107,10 @@ def _roll_back(parts: RunParts, timeline: Timeline, wish: RollBack) -> tuple[Run
 
 def _run_from(parts: RunParts, progress: Progress, checkpoint: Checkpoint | None) -> Progress:
     """Train from where the engine stands to the end, with reports and rows that go on there."""
-    config, plan, place = parts.config, parts.plan, parts.place
+    config, plan = parts.config, parts.plan
     outcome: Outcome = "failed"
     with ExitStack() as closing:
-        reporter = _build_reporter(config, place, progress, checkpoint)
+        reporter = build_run_reporter(parts, progress, checkpoint)
         closing.callback(lambda: reporter.close(outcome=outcome))
         loader = TrainingLoader(
             parts.rows,
@@ -147,13 +141,13 @@ def _run_from(parts: RunParts, progress: Progress, checkpoint: Checkpoint | None
             validation=validation_sets(config, plan, parts.data, parts.data_rank),
             reporter=reporter,
             saves=saves,
-            meter=_build_meter(plan, place.device, progress),
+            meter=build_meter(parts, progress),
             guard=guard,
             stop=parts.stop,
             phases=parts.phases,
             ledger=parts.ledger,
             health=RankHealth(config.guard, parts.engine),
-            data_values=(lambda at: ledger_values(parts.rows, at.samples_consumed)) if place.is_main_process else None,
+            sources=SourceValues(parts) if parts.place.is_main_process else None,
         )
         try:
             progress = loop.run(progress, closing.enter_context(loader))
@@ -162,23 +156,3 @@ def _run_from(parts: RunParts, progress: Progress, checkpoint: Checkpoint | None
             raise
         outcome = "finished"
     return progress
-
-
-def _build_reporter(config: RunConfig, place: Place, progress: Progress, checkpoint: Checkpoint | None) -> Reporter:
-    return build_reporter(
-        config,
-        config.folder,
-        is_main_process=place.is_main_process,
-        resume_from=progress.step if checkpoint else None,
-        tracker_state=checkpoint.manifest.metadata["trackers"] if checkpoint else {},
-    )
-
-
-def _build_meter(plan: RunPlan, device: torch.device, progress: Progress) -> StepMeter:
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return StepMeter(
-        device=device,
-        flops_per_token=plan.flops.training,
-        peak_flops_per_second=peak * plan.topology.world_size if peak else None,
-        skipped_steps=progress.skipped_steps,
-    )

@@ -29,6 +29,7 @@ from data_tools.curation.recipe import (
     QualityFilter,
 )
 from data_tools.errors import UsageError
+from data_tools.languages import load_language_identifier
 
 
 def build_filter(step: Language | QualityFilter, drops: DropLog, words: WordTokenizer) -> PipelineStep:
@@ -83,7 +84,7 @@ class LanguageFilter(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """Return whether a document stays, or why it goes."""
         if self._identifier is None:
-            self._identifier = _load_identifier()
+            self._identifier = load_language_identifier()
         label, probability = self._identifier.classify(doc.text[: self.step.characters])
         self.replaced[label] += 1
         doc.metadata["language"] = label
@@ -99,7 +100,7 @@ class LanguageFilter(BaseFilter):
 
 def known_languages() -> list[str]:
     """Return the labels that py3langid can give."""
-    return sorted(_load_identifier().labels)
+    return sorted(load_language_identifier().labels)
 
 
 class WholeC4Filter(C4QualityFilter):
@@ -157,12 +158,6 @@ def _c4_quality(step: C4Quality, drops: DropLog, words: WordTokenizer | str) -> 
         filter_policy=step.remove_policy_lines,
         language=words,
     )
-
-
-def _load_identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _datatrove_tokenizer(language: str) -> str:

@@ -95,6 +95,9 @@ class TrainingLoader:
 
     def _build(self, locations: list[Location]) -> Batch:
         batch = build_micro_batch(self._rows.read(locations), self._rows.sequence_length, self._buffers)
+        if len(self._rows.sources) > 1:
+            sources = torch.tensor([location.source for location in locations])
+            batch = replace(batch, sources=sources, source_count=len(self._rows.sources))
         return _pinned(batch) if self._pins else batch
 
 
@@ -172,4 +175,5 @@ def _pinned(batch: Batch) -> Batch:
         labels=batch.labels.pin_memory(),
         position_ids=batch.position_ids.pin_memory(),
         cumulative_lengths=batch.cumulative_lengths.pin_memory(),
+        sources=None if batch.sources is None else batch.sources.pin_memory(),
     )

@@ -51,7 +51,7 @@ class AcceleratedEngine(TorchEngine):
         for index, batch in enumerate(micro_batches):
             torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index * self._ranks + self._rank))
             is_last = index == len(micro_batches) - 1
-            with self._held.communicating(is_last=is_last):
+            with self._held.communicating(is_last=is_last), self._parts.part("forward_backward"):
                 loss_sum, z_loss_sum = self._held.forward(batch.to(self._device))
                 objective = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
                 self._held.backward(objective, is_last=is_last)

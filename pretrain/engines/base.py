@@ -28,6 +28,8 @@ class StepResult:
         torch.Tensor | bool
     )  # true where a gradient, not finite or held back as a spike, left every weight as it was
     spike: torch.Tensor | bool = False  # true where its norm was a spike and the run holds such updates back
+    # (sources, 2) over the global batch: nats and target tokens of each source; none: one source, or not told apart
+    source_sums: torch.Tensor | None = None
     # such as loss_scale; a tensor gives a value an element, as router/share/LAYER/EXPERT
     counters: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
 
@@ -61,6 +63,12 @@ class Engine(Protocol):
 
     def evaluate(self, micro_batches: Iterator[Batch]) -> EvaluationResult:
         """Sum the loss over this rank's micro-batches (the same number on every rank), then over ranks."""
+
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds since the last call by part of the steps, this rank's; empty where a step cannot be told apart.
+
+        The host waits for the device.
+        """
 
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """Scale every parameter group's own learning rate; the loop owns the schedule."""

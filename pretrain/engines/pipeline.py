@@ -180,6 +180,10 @@ class PipelineEngine:
         targets_of_all = distributed.all_reduce_sum(sums[1]) / self._ranks_of_one_model
         return EvaluationResult(loss_sum=float(sums[0]), target_count=int(targets_of_all))
 
+    def part_seconds(self) -> dict[str, float]:
+        """See Engine; DeepSpeed runs a pipeline's step as one schedule, in which forward, backward and update mix."""
+        return {}
+
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """See Engine."""
         set_learning_rate_multiplier(self._engine.optimizer, multiplier)

@@ -31,10 +31,6 @@ class PlainEngine(TorchEngine):
         self._weights = {
             model.logical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad
         }
-        if config.precision == "bf16":
-            for weight in self._model.parameters():
-                if not weight.requires_grad:
-                    weight.data = weight.data.bfloat16()
         self._masters = _MasterWeights(self._weights) if config.precision == "bf16" else None
         updated = self._masters.by_name if self._masters else self._weights
         super().__init__(config, device, model, updated.items())
@@ -44,11 +40,12 @@ class PlainEngine(TorchEngine):
         self._model.train()
         targets = max(1, sum(batch.target_count for batch in micro_batches))
         sums = torch.zeros(2, device=self._device)
-        for index, batch in enumerate(micro_batches):
-            torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index))
-            loss_sum, z_loss_sum = self._model(batch.to(self._device))
-            ((loss_sum + self._config.loss.z_loss * z_loss_sum) / targets).backward()
-            sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
+        with self._parts.part("forward_backward"):
+            for index, batch in enumerate(micro_batches):
+                torch.manual_seed(stream_seed(self._config.seed, "dropout", step, index))
+                loss_sum, z_loss_sum = self._model(batch.to(self._device))
+                ((loss_sum + self._config.loss.z_loss * z_loss_sum) / targets).backward()
+                sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         return self._finish_step(sums, targets, lambda of_this_rank: of_this_rank)
 
     def _update(self) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 
 from pretrain.models.loss import OutputHead, VocabularyShare
 from pretrain.models.sharding import SHARD, Shard, even_share
+from pretrain.models.source_losses import TokenSources
 from pretrain.models.tensor_plan import Style, TensorPlan
 from pretrain.models.training_model import TrainingModel
 
@@ -158,11 +159,15 @@ class VocabularyHead(OutputHead):
     ranks: TensorRanks
 
     def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, target_count: int = 0
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        target_count: int = 0,
+        sources: TokenSources | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See OutputHead.forward; logits are not given."""
         assert labels is not None, "a cut head gives losses only"
-        return super().forward(_apply(_Copy, hidden, self.ranks), labels, target_count)
+        return super().forward(_apply(_Copy, hidden, self.ranks), labels, target_count, sources)
 
 
 def split_model(model: TrainingModel, ranks: TensorRanks) -> None:

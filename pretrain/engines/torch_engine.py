@@ -14,6 +14,7 @@ from torch import nn
 
 from pretrain.config import RunConfig
 from pretrain.engines.base import StepResult
+from pretrain.engines.step_parts import StepParts
 from pretrain.models.training_model import TrainingModel
 from pretrain.optimization.gradient_gate import GradientGate
 from pretrain.optimization.optimizers import build_optimizer, set_learning_rate_multiplier
@@ -34,6 +35,7 @@ class TorchEngine(ABC):
         self._model = model
         self._optimizer = build_optimizer(updated, config.optimizer)
         self._gate = GradientGate(config.guard, device)
+        self._parts = StepParts(device)
 
     @abstractmethod
     def _update(self) -> torch.Tensor:
@@ -53,8 +55,10 @@ class TorchEngine(ABC):
             sum_over_ranks: of a tensor that every rank has.
         """
         self._gate.open_step()
-        norm = self._update()
-        loss, z_loss = sum_over_ranks(sums) / targets
+        with self._parts.part("optimizer"):
+            norm = self._update()
+        sums, source_sums = self._model.source_losses.take_with(sums, sum_over_ranks)
+        loss, z_loss = sums / targets
         routers, spike = self._model.routers, self._gate.is_spike
         return StepResult(
             loss=loss,
@@ -62,8 +66,13 @@ class TorchEngine(ABC):
             gradient_norm=norm,
             skipped=~norm.isfinite() | spike,
             spike=spike,
+            source_sums=source_sums,
             counters=routers.report(sum_over_ranks, targets) if routers else {},
         )
+
+    def part_seconds(self) -> dict[str, float]:
+        """See Engine."""
+        return self._parts.read()
 
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """See Engine."""

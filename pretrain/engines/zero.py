@@ -25,6 +25,7 @@ from pretrain.engines.expert_parallel import ExpertRanks
 from pretrain.engines.offload_folder import OffloadFolder, require_async_io
 from pretrain.engines.rank_groups import RankGroups
 from pretrain.engines.sequence_parallel import share_rows
+from pretrain.engines.step_parts import StepParts
 from pretrain.engines.tensor_parallel import TensorRanks
 from pretrain.engines.zero_model import build_zero_model
 from pretrain.engines.zero_state import ReplicatedState, ZeroState, zero_state
@@ -104,6 +105,7 @@ class ZeroEngine:
         self._parameters = parameters
         self._state = zero_state(self._stage, self._engine, parameters)
         self._gate = GradientGate(config.guard, device)
+        self._parts = StepParts(device)
         self._clipper = _Clipper(self._state, parameters, self._slice_holders(), config.optimizer.clip_norm, self._gate)
         self._watch_updates(optimizer)
 
@@ -129,23 +131,27 @@ class ZeroEngine:
         # DeepSpeed averages gradients over ranks: undo that, for ours is one mean over the global batch
         weight = self._averaged / targets
         sums = torch.zeros(2, device=self._device)
-        for index, batch in enumerate(micro_batches):
-            torch.manual_seed(stream_seed(self._config.seed, "dropout", step, self._dropout_stream(index)))
-            engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            part = self._sequence.take(batch) if self._sequence else batch
-            loss_sum, z_loss_sum = engine(part.to(self._device))
-            loss = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
-            engine.backward(loss, scale_wrt_gas=False)
-            sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
+        with self._parts.part("forward_backward"):
+            for index, batch in enumerate(micro_batches):
+                torch.manual_seed(stream_seed(self._config.seed, "dropout", step, self._dropout_stream(index)))
+                engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                part = self._sequence.take(batch) if self._sequence else batch
+                loss_sum, z_loss_sum = engine(part.to(self._device))
+                loss = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
+                engine.backward(loss, scale_wrt_gas=False)
+                sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         self._gate.open_step()
-        norm, skipped = self._update()
-        loss, z_loss = self._sum_over_data(sums) / targets
+        with self._parts.part("optimizer"):
+            norm, skipped = self._update()
+        sums, source_sums = self._model.source_losses.take_with(sums, self._sum_over_data)
+        loss, z_loss = sums / targets
         return StepResult(
             loss=loss,
             z_loss=z_loss,
             gradient_norm=norm,
             skipped=skipped | self._gate.is_spike,
             spike=self._gate.is_spike,
+            source_sums=source_sums,
             counters=self._counters(targets),
         )
 
@@ -183,6 +189,10 @@ class ZeroEngine:
         sums = sum_losses(self._engine, parts, self._device)
         loss, targets = self._sum_over_data(sums).tolist()
         return EvaluationResult(loss_sum=loss, target_count=int(targets))
+
+    def part_seconds(self) -> dict[str, float]:
+        """See Engine."""
+        return self._parts.read()
 
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """See Engine."""

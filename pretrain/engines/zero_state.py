@@ -241,10 +241,12 @@ class ShardedState(ZeroState):
                     shard = self._parameters[name].ds_tensor  # type: ignore[attr-defined]
                     master = self._updated_tensors()[group].data.narrow(0, offset, length)
                     shard.copy_(master.view_as(shard))
-        self._optimizer.invalidate_secondary_tensor()  # ZeRO++'s copies within the node, which the next forward renews
         persistent = self._optimizer.persistent_parameters  # small ones that stay gathered between steps
         if persistent:
             persistent[0].partition(persistent)
+        # ZeRO++'s copies within the node: gone only now, or those of the small ones were made of what they held before
+        self._optimizer.invalidate_secondary_tensor()
+        if persistent:
             persistent[0].all_gather(persistent)
 
     def _groups(self) -> dict[int, list[tuple[str, int, int]]]:

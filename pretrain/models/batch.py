@@ -24,6 +24,8 @@ class Batch:
     cumulative_lengths: torch.Tensor  # (documents + 1,) int32
     longest_document: int  # tokens, for variable-length attention
     target_count: int  # labels that are not IGNORED_LABEL
+    sources: torch.Tensor | None = None  # (B,) int64: of each row in a mixture, its source's place; none: there is one
+    source_count: int = 0
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors to a device without waiting for it."""
@@ -33,4 +35,5 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
             cumulative_lengths=self.cumulative_lengths.to(device, non_blocking=True),
+            sources=None if self.sources is None else self.sources.to(device, non_blocking=True),
         )

@@ -59,6 +59,11 @@ class TokenFlops:
         """What the hardware does when every layer's forward runs a second time."""
         return self.training + self.layers_forward
 
+    def on_hardware(self, recomputation: str, layers: int, every: int) -> float:
+        """Forward, backward, and what each so many-th layer computes again: selective leaves out attention."""
+        again = {"none": 0, "full": self.layers_forward, "selective": self.layers_forward - self.attention_forward}
+        return self.training + again[recomputation] * -(-layers // every) / layers
+
 
 def count_flops(shape: Architecture, count: ParameterCount, sequence_length: int) -> TokenFlops:
     """FLOPs per token of rows of `sequence_length` tokens.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pretrain.models.batch import IGNORED_LABEL
+from pretrain.models.source_losses import TokenSources
 
 CPU_BLOCK_ELEMENTS = 1 << 21  # fp32 numbers: measured best of 2^19 to 2^25 on a CPU with 1 MiB of L2 a core
 
@@ -59,7 +60,11 @@ class OutputHead(nn.Linear):
         return head
 
     def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, target_count: int = 0
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        target_count: int = 0,
+        sources: TokenSources | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits (..., V), or with labels (N,) for hidden (N, H) the sums (cross-entropy, logsumexp squared), fp32.
 
@@ -70,22 +75,38 @@ class OutputHead(nn.Linear):
             hidden: what the head reads.
             labels: IGNORED_LABEL where there is no target; those rows cost nothing.
             target_count: labels that are not IGNORED_LABEL; stated, so that the device need not tell the host.
+            sources: of the N tokens, where their losses are counted by source as well.
         """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
         if target_count < labels.numel():
             chosen = torch.nonzero_static(labels != IGNORED_LABEL, size=target_count).squeeze(-1)
             hidden, labels = hidden[chosen], labels[chosen]
+            sources = sources.at(chosen) if sources else None
         with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         sums: tuple[torch.Tensor, torch.Tensor] = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden, self.weight, self.bias, labels, self.chunk_tokens, self.z_loss_weight, self.share, with_gradient
+            hidden,
+            self.weight,
+            self.bias,
+            labels,
+            self.chunk_tokens,
+            self.z_loss_weight,
+            self.share,
+            sources,
+            with_gradient,
         )
         return sums
 
 
-def full_logits_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def full_logits_loss(
+    logits: torch.Tensor, labels: torch.Tensor, sources: TokenSources | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same two sums from the whole logits (N, V), through autograd, for families whose head does more."""
     logits = logits.float()
+    if sources:
+        with torch.no_grad():
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
+            sources.add(losses, weights=(labels != IGNORED_LABEL).float())
     cross_entropy = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     squared = logits.logsumexp(-1).square()
     return cross_entropy, (squared * (labels != IGNORED_LABEL)).sum()
@@ -104,6 +125,7 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk_tokens: int,
         z_loss_weight: float,
         share: VocabularyShare | None,
+        sources: TokenSources | None,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         sums = hidden.new_zeros(2, dtype=torch.float32)
@@ -113,7 +135,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = chunk.logits(hidden[rows], weight, bias)
-            sums += chunk.replace_by_gradient(logits, labels[rows])
+            sums += chunk.replace_by_gradient(logits, labels[rows], sources.at(rows) if sources else None)
             if gradients is not None:
                 gradients.add(rows, logits, hidden[rows], weight)
         ctx.gradients = gradients
@@ -125,7 +147,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         scaled = ctx.gradients.scaled(output_gradients[0])
         ctx.gradients = None
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 class _Chunk:
@@ -152,7 +174,9 @@ class _Chunk:
         logits = torch.mm(hidden, weight.t(), out=self._logits[: hidden.shape[0]])
         return logits if bias is None else logits.add_(bias)
 
-    def replace_by_gradient(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def replace_by_gradient(
+        self, logits: torch.Tensor, labels: torch.Tensor, sources: TokenSources | None = None
+    ) -> torch.Tensor:
         """Overwrite logits by the objective's gradient; the two sums (2,) of these tokens."""
         sums = self._block.new_zeros(2)
         for start in range(0, len(logits), len(self._block)):
@@ -160,7 +184,10 @@ class _Chunk:
             targets = labels[start : start + len(self._block)].unsqueeze(-1)
             exact = self._block[: len(block)].copy_(block)
             probabilities, logsumexp, of_target = self._normalize(exact, targets)
-            sums[0] += (logsumexp - of_target).sum()
+            losses = logsumexp - of_target
+            sums[0] += losses.sum()
+            if sources:
+                sources.at(slice(start, start + len(block))).add(losses)
             sums[1] += logsumexp.square().sum()
             if self._z_loss_weight:
                 probabilities *= 1 + 2 * self._z_loss_weight * logsumexp

@@ -19,6 +19,7 @@ from pretrain.models.fused_kernels import put_in_liger
 from pretrain.models.loss import OutputHead, full_logits_loss
 from pretrain.models.recomputation import enable_recomputation
 from pretrain.models.router import routers_of
+from pretrain.models.source_losses import SourceLosses
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class TrainingModel(nn.Module):
         self._has_fused_loss = self._fuse_loss(loss)
         self._layers = list(decoder_layers(network))  # a plain list: registered once, below the network
         self._has_checked_borders = False
+        self.source_losses = SourceLosses()
         self.routers = routers_of(network, has_plain_head=self._has_fused_loss)
         if execution.kernels == "liger":
             put_in_liger(network)
@@ -87,15 +89,16 @@ class TrainingModel(nn.Module):
     def _sums(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = document_inputs(batch, self._attention)
         labels = batch.labels.flatten()
+        sources = self.source_losses.watch(batch) if self.training else None
         if not self._has_fused_loss:
             with known_packing(batch):
                 logits = self.network(**inputs, use_cache=False).logits
-            return full_logits_loss(logits.flatten(0, -2), labels)
+            return full_logits_loss(logits.flatten(0, -2), labels, sources)
         watched = {"output_router_logits": True} if self.routers and self.training else {}
         with known_packing(batch):
             output = self.network.base_model(**inputs, use_cache=False, **watched)
         head = self.network.get_output_embeddings()
-        loss, squared = head(output[0].flatten(0, -2), labels, batch.target_count)
+        loss, squared = head(output[0].flatten(0, -2), labels, batch.target_count, sources)
         if self.routers and watched:
             loss = loss + self.routers.watch(output.router_logits, batch.target_count)
         return loss, squared

@@ -1,4 +1,4 @@
-"""Where alerts go besides the screen: the log, a webhook. Each event is told once.
+"""Where alerts go besides the screen: the log, a webhook, MLflow. Each event is told once.
 
 A target that fails says so in the log and is tried again with the next alert; watching goes on.
 """
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pretrain.errors import ConfigError, Problem
 from pretrain.monitoring.alerts import Alert
+from pretrain.reporting.mlflow_run import MlflowIdentity, MlflowRun
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,24 @@ def _key(alert: Alert) -> tuple[str, int]:
 def to_log(run_name: str, alert: Alert) -> None:
     """One warning in the log of the watching process."""
     logger.warning("%s: step %d: %s: %s", run_name, alert.step, alert.kind, alert.text)
+
+
+def to_mlflow_tags(identity: MlflowIdentity) -> Target:
+    """Tag the run on MLflow with the newest alert of each kind, as `athanor.alert.KIND`.
+
+    The run must be there: a watcher makes none.
+    """
+    connected: list[MlflowRun] = []
+
+    def send(_: str, alert: Alert) -> None:
+        if not connected:
+            run = MlflowRun.connect(identity, may_create=False)
+            if run is None:
+                raise LookupError("MLflow does not know the run yet")
+            connected.append(run)
+        connected[0].set_tags({f"athanor.alert.{alert.kind.replace(' ', '_')}": f"step {alert.step}: {alert.text}"})
+
+    return send
 
 
 def to_webhook(url: str) -> Target:

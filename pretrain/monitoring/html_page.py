@@ -18,20 +18,12 @@ from pretrain.monitoring.alerts import find_alerts, spikes
 from pretrain.monitoring.run_history import RunHistory
 from pretrain.monitoring.text_chart import thin
 from pretrain.reporting.console import duration
+from pretrain.reporting.metric_table import METRICS
 from pretrain.training.goodput import KINDS
 
 POINTS = 3_000  # of a curve
 COLOURS = ("#0b6bcb", "#c05717", "#1f7a4d", "#8a3ffc", "#b3261e", "#00696f", "#7a5900", "#5b5f97")
 HORIZONTAL = {"steps": "step", "tokens": "tokens", "time": "hours since the first line"}
-CURVES = (
-    ("loss", "Loss", "nats a token"),
-    ("tokens_per_second", "Throughput", "tokens a second"),
-    ("grad_norm", "Gradient norm", ""),
-    ("learning_rate", "Learning rate", ""),
-    ("step_seconds", "Time of a step", "seconds"),
-    ("memory_bytes", "Memory", "bytes"),
-    ("mfu", "Model FLOPs utilisation", "of the peak"),
-)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1f; background: #ffffff; margin: 2rem auto; max-width: 1200px;
   padding: 0 1rem; }
@@ -115,9 +107,9 @@ def _is_validation_loss(name: str) -> bool:
 
 
 def _figures(runs: Sequence[RunHistory], colours: dict[int, str]) -> Iterator[tuple[str, Any]]:
-    for name, title, unit in CURVES:
-        if any(run.metrics.column(name)[0].size for run in runs):
-            yield title, _curves(runs, colours, [name], title, unit)
+    for metric in METRICS:
+        if metric.has_curve and any(run.metrics.column(metric.name)[0].size for run in runs):
+            yield metric.title, _curves(runs, colours, [metric.name], metric.title, metric.unit)
     names = sorted({name for run in runs for name in run.metrics.names() if _is_validation_loss(name)})
     if names:
         yield "Validation loss", _curves(runs, colours, names, "Validation loss", "nats a token")

@@ -13,6 +13,7 @@ from pretrain.monitoring.alerts import Alert
 from pretrain.monitoring.run_history import RunHistory, State
 from pretrain.monitoring.text_chart import draw_chart, thin
 from pretrain.reporting.console import duration
+from pretrain.reporting.metric_table import METRICS
 
 STATE_STYLES: dict[State, str] = {
     "waiting": "yellow",
@@ -72,23 +73,11 @@ def _values(run: RunHistory) -> Table:
 
 
 def _present(run: RunHistory) -> Iterable[tuple[str, float, str]]:
-    forms = {
-        "loss": ("loss", "{:.4f}", 1.0),
-        "grad_norm": ("gradient norm", "{:.3f}", 1.0),
-        "learning_rate": ("learning rate", "{:.2e}", 1.0),
-        "tokens": ("tokens", "{:,.0f}", 1.0),
-        "step_seconds": ("ms a step", "{:,.0f}", 1000.0),
-        "tokens_per_second": ("tokens/s", "{:,.0f}", 1.0),
-        "mfu": ("MFU", "{:.1%}", 1.0),
-        "memory_bytes": ("memory GiB", "{:.2f}", 1 / 2**30),
-        "data_seconds": ("data ms a step", "{:.1f}", 1000.0),
-    }
-    for name, (label, form, scale) in forms.items():
-        if (value := run.metrics.last(name)) is not None:
-            yield label, scale * value, form
-    for name in run.metrics.names():
-        if name.startswith("validation/") and name.endswith("/loss") and (value := run.metrics.last(name)) is not None:
-            yield name, value, "{:.4f}"
+    names = run.metrics.names()
+    for metric in METRICS:
+        for name in filter(metric.matches, names) if metric.is_shown else ():
+            if (value := run.metrics.last(name)) is not None:
+                yield name if name != metric.name else metric.title.lower(), metric.scale * value, metric.form
 
 
 def _alerts(alerts: Sequence[Alert]) -> Text:

@@ -12,11 +12,12 @@ from pathlib import Path
 from rich.console import Console, Group
 from rich.live import Live
 
-from pretrain.monitoring.alert_targets import AlertFeed, Target
+from pretrain.monitoring.alert_targets import AlertFeed, Target, to_mlflow_tags
 from pretrain.monitoring.alerts import Alert, find_alerts
 from pretrain.monitoring.html_page import write_page
 from pretrain.monitoring.run_history import RunHistory
 from pretrain.monitoring.terminal_view import draw_run
+from pretrain.monitoring.tracked_names import mlflow_identity, tracker_state_of
 
 LEAST_CHART_LINES, MOST_CHART_LINES = 4, 14
 OTHER_LINES = 9  # of a panel, besides its charts
@@ -29,15 +30,18 @@ def watch(
     is_once: bool,
     page: Path | None,
     targets: Sequence[Target],
+    is_tagging: bool = False,
     console: Console | None = None,
 ) -> None:
     """Show runs until Ctrl-C, or once; with `page`, write it at every look instead of drawing on the terminal.
+
+    Alerts go to `targets`, and with `is_tagging` to the tags of each run on its MLflow.
 
     Raises:
         ConfigError: where a folder is no run's.
     """
     console = console or Console()
-    watched = [_Watched(folder, targets) for folder in folders]
+    watched = [_Watched(folder, targets, is_tagging=is_tagging) for folder in folders]
     if not is_once and page is None:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal, vertical_overflow="crop") as live:
             while True:
@@ -52,9 +56,10 @@ def watch(
 class _Watched:
     """A run and who hears of its alerts."""
 
-    def __init__(self, folder: Path, targets: Sequence[Target]) -> None:
+    def __init__(self, folder: Path, targets: Sequence[Target], *, is_tagging: bool) -> None:
         self.run = RunHistory(folder)
-        self._feed = AlertFeed(self.run.name, targets)
+        tagging = [to_mlflow_tags(mlflow_identity(self.run, tracker_state_of(self.run)))] if is_tagging else []
+        self._feed = AlertFeed(self.run.name, [*targets, *tagging])
 
     def look(self, now: float) -> Sequence[Alert]:
         self.run.refresh()

@@ -5,7 +5,7 @@ Chooses nothing about learning rates or the optimizer's rule (optimizers.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,7 +36,7 @@ def build_parameter_groups(
     for name, parameter in named_parameters:
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            members[_decays(parameter)][name] = parameter
+            members[_is_decayed(parameter)][name] = parameter
     return [
         ParameterGroup(
             name="decayed" if decays else "not_decayed",
@@ -49,6 +49,11 @@ def build_parameter_groups(
     ]
 
 
-def _decays(parameter: nn.Parameter) -> bool:
+def decays(shape: Sequence[int]) -> bool:
+    """Whether weight decay pulls a parameter of that shape."""
+    return len(shape) >= 2
+
+
+def _is_decayed(parameter: nn.Parameter) -> bool:
     # ZeRO-3 leaves an empty vector in place of a weight and keeps the real shape beside it
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+    return decays(getattr(parameter, "ds_shape", parameter.shape))

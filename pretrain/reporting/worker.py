@@ -97,7 +97,7 @@ class Worker:
             try:
                 self._deliver(batch)
             except Exception as error:  # whatever a client library raises must not reach training
-                self._tell_outage(_reason(error))
+                self._tell_outage(reason_of(error))
                 refusals += self._open and not was_open
                 self._open = False
                 if refusals >= 2:  # the server is there and refuses these very records
@@ -157,7 +157,7 @@ class Worker:
         try:
             self.destination.close(self._outcome or "finished")
         except Exception as error:
-            self._tell_outage(_reason(error))
+            self._tell_outage(reason_of(error))
 
     def _tell_outage(self, reason: str) -> None:
         if not self._is_out:
@@ -181,7 +181,7 @@ class Worker:
             logger.warning("%s works again; %d lines were dropped so far", self.destination.name, self._dropped)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """What went wrong first, in one line without passwords: client libraries wrap it in pages of advice."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner

@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import RunConfig
 from pretrain.engines.base import Engine, StepResult
 from pretrain.errors import Preempted
 from pretrain.models.batch import Batch
+from pretrain.reporting.record import Value
 from pretrain.reporting.reporter import Reporter
 from pretrain.training.goodput import GoodputLedger
 from pretrain.training.guard import Guard
@@ -23,6 +25,17 @@ from pretrain.training.phases import Phases
 from pretrain.training.progress import Progress
 from pretrain.training.saving import Saves
 from pretrain.training.stopping import StopRequest, should_stop_early
+from pretrain.training.update_ratios import read_update_ratios
+
+
+class SourceLines(Protocol):
+    """What lines tell of the sources of data."""
+
+    def of_training(self, progress: Progress, loss: float) -> dict[str, Value]:
+        """Of a training line with this loss."""
+
+    def of_validation(self, name: str, loss: float) -> dict[str, Value]:
+        """Of a validation line with this loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +55,7 @@ class TrainingLoop:
     phases: Phases
     ledger: GoodputLedger
     health: RankHealth
-    data_values: Callable[[Progress], dict[str, float | int]] | None = None  # of a line: what the sources have given
+    sources: SourceLines | None = None  # what lines tell of them; null on ranks that report nothing
 
     def run(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
         """Train until the last step, an early stop, or a request to stop.
@@ -107,7 +120,7 @@ class TrainingLoop:
         first_row = progress.samples_consumed
         progress = progress.after_step(rows=rows, tokens=tokens)
         self.guard.observe(step=progress.step, first_row=first_row, end_row=first_row + rows, result=result)
-        self.meter.count_step(tokens=tokens, data_seconds=data_seconds)
+        self.meter.count_step(tokens=tokens, data_seconds=data_seconds, source_sums=result.source_sums)
         self.ledger.count_step(progress.step)
         is_last = progress.step == self._last_step
         if is_last or self._is_due(self.config.reporting.every_steps, progress):
@@ -123,9 +136,13 @@ class TrainingLoop:
             tokens_seen=progress.tokens_seen,
             learning_rate=multiplier * self.config.optimizer.learning_rate,
             skipped_steps=progress.skipped_steps,
+            part_seconds=self.engine.part_seconds(),
         )
-        if self.data_values is not None:
-            values.update(self.data_values(progress))
+        if self._is_due(self.config.reporting.update_ratios_every_steps, progress) and not bool(result.skipped):
+            with self.meter.paused():
+                values.update(read_update_ratios(self.engine, self.config.optimizer, multiplier, result.loss.device))
+        if self.sources is not None:
+            values.update(self.sources.of_training(progress, float(values["loss"])))
         self.reporter.report(progress.step, values)
         return progress
 
@@ -137,9 +154,9 @@ class TrainingLoop:
                 result = self.engine.evaluate(micro_batches())
                 loss = result.loss_sum / max(1, result.target_count)
                 losses.append(loss)
-                self.reporter.report(
-                    progress.step, {f"validation/{name}/loss": loss, f"validation/{name}/perplexity": perplexity(loss)}
-                )
+                values = {f"validation/{name}/loss": loss, f"validation/{name}/perplexity": perplexity(loss)}
+                further = self.sources.of_validation(name, loss) if self.sources else {}
+                self.reporter.report(progress.step, values | further)
             return progress.after_evaluation(losses[0]) if losses else progress
 
     def _save(self, progress: Progress, *, is_best: bool) -> Progress:

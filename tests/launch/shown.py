@@ -42,7 +42,7 @@ CASES = (
 )
 WORDS = (("", "", "", SUPERVISION, "test_a_misspelt_key_is_told_before_the_start_and_by_the_rank"),)
 # What libraries write whatever the run is; of the steps, each tenth is enough.
-NOISE = re.compile(r"torchao|torch/utils/_pytree|real_accelerator|IPv6 network addresses|^step \d*[1-9]/|^\s*$")
+NOISE = re.compile(r"torchao|torch/utils/_pytree|real_accelerator|IPv6 network addresses|^step +\d*[1-9]/|^\s*$")
 
 
 def main() -> int:

@@ -42,6 +42,21 @@ def test_an_ordered_stop_is_no_failure(tmp_path: Path) -> None:
     assert "state saved" in judge(tmp_path, 1).paragraph
 
 
+def test_a_stop_while_ranks_load_loses_nothing(tmp_path: Path) -> None:
+    assert judge(tmp_path, 143, asked_by="SIGINT").code == 75  # no rank was there yet
+    leave(tmp_path, 0, code=143, signal="SIGTERM", asked_to_stop="SIGTERM")
+    assert judge(tmp_path, 143, asked_by="SIGINT").code == 75
+    assert "before training had begun" in judge(tmp_path, 143, asked_by="SIGINT").paragraph
+    assert judge(tmp_path, 143).code == 143  # nobody told the launcher
+
+
+def test_ranks_that_were_killed_unheard_did_not_stop_in_order(tmp_path: Path) -> None:
+    leave(tmp_path, 0, code=None, ended_at=None)
+    outcome = judge(tmp_path, 137, asked_by="SIGINT")
+    assert outcome.code == 137
+    assert "did not say how they ended" in outcome.paragraph
+
+
 def test_a_success_needs_no_words(tmp_path: Path) -> None:
     leave(tmp_path, 0, code=0)
     assert (judge(tmp_path, 0).code, judge(tmp_path, 0).paragraph) == (0, "")

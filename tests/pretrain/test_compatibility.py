@@ -49,7 +49,6 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
     "liger's kernels": {"execution": {"kernels": "liger"}},
     "several processes": {},
     "a DeepSpeed file": {"parallel": {"deepspeed_config": "ds_configs/zero1.json"}},
-    "LoRA": {"model": {"weights": "imported", "lora": {}}},
 }
 
 

@@ -19,6 +19,7 @@ from pretrain.run_plan import plan_run
 from tests.distributed.ranks import REPOSITORY, RankPool, run_on_ranks
 from tests.pretrain.engines.cases import Case, Outcome, assemble, train_case
 from tests.pretrain.engines.cell import Cell
+from tests.pretrain.engines.matrix import CELLS
 
 Pool = Callable[[int], RankPool]
 
@@ -127,7 +128,7 @@ def _keep(cell: Cell, differences: Differences) -> None:
 
 
 def main() -> None:
-    """Write the report: the last finding of every cell."""
+    """Write the report: the last finding of every cell of the matrix, and which have none."""
     found = {row["layout"]: row for row in map(json.loads, FINDINGS.read_text(encoding="utf-8").splitlines())}
     lines = [
         "# Parity of the layouts with one plain process",
@@ -140,10 +141,14 @@ def main() -> None:
         "| layout | ranks | loss | gradient norm | weights | moments | state bytes a rank |",
         "|---|---|---|---|---|---|---|",
     ]
-    for layout in sorted(found):
+    layouts = sorted(str(cell) for cell in CELLS)
+    for layout in [layout for layout in layouts if layout in found]:
         row = found[layout]
         numbers = " | ".join(f"{row[key]:.1e}" for key in ("loss", "gradient_norm", "weights", "moments"))
         lines.append(f"| {layout.rpartition(' ')[0] or 'usual'} | {row['ranks']} | {numbers} | {row['state']:,} |")
+    missing = [layout for layout in layouts if layout not in found]
+    if missing:
+        lines += ["", "Not run: " + "; ".join(missing) + "."]
     lines += [
         "",
         "## One run on five layouts",

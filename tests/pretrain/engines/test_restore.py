@@ -211,9 +211,10 @@ def test_another_layout_goes_on(rank_pool: Pool, tmp_path: Path, saved: str, res
 
 
 @pytest.mark.slow
-def test_a_second_copy_within_the_node_goes_on_elsewhere(rank_pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("divisor", [1, LARGE], ids=["small weights stay gathered", "all are shared"])
+def test_a_second_copy_within_the_node_goes_on_elsewhere(rank_pool: Pool, tmp_path: Path, divisor: int) -> None:
     """Its groups of ranks are DeepSpeed's module state, so its processes serve nothing else."""
-    case = Case(engine="zero", zero_stage=3, ds_config="zeropp.json", sizes_divided_by=LARGE, micro_batch_size=1)
+    case = Case(engine="zero", zero_stage=3, ds_config="zeropp.json", sizes_divided_by=divisor, micro_batch_size=1)
     expected = run_on_ranks(8, save_and_go_on, case, str(tmp_path), deadline_seconds=240)[0]
     elsewhere = rank_pool(1).run(resume, Case(engine="plain", micro_batch_size=1), str(tmp_path))
     again = run_on_ranks(8, resume, case, str(tmp_path), deadline_seconds=240)

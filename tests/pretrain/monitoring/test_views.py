@@ -48,7 +48,7 @@ def test_the_terminal_shows_where_a_run_stands(tmp_path: Path) -> None:
     run = write_run(tmp_path / "tiny", [4.0 - step / 300 for step in range(250)])
     result = CliRunner().invoke(app, ["monitor", str(run)])
     assert result.exit_code == 0, result.output
-    for expected in ("tiny", "step 250 of 1,000", "25.0%", "tokens/s 100", "silent"):
+    for expected in ("tiny", "step 250 of 1,000", "25.0%", "throughput 100 tokens/s", "silent"):
         assert expected in result.output
 
 

@@ -1,8 +1,10 @@
-"""A run configuration with every destination off, for the tests of this folder to switch on what they need."""
+"""A run configuration with every destination off, to be switched on as needed, and a server that never answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,3 +29,29 @@ def make_config() -> Callable[..., RunConfig]:
         )
 
     return make
+
+
+@pytest.fixture
+def silent_server() -> Iterator[tuple[str, threading.Event]]:
+    """A server that takes every connection and never answers."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connected = threading.Event()
+    kept: list[socket.socket] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            kept.append(connection)
+            connected.set()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", connected
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(30)
+    for connection in kept:
+        connection.close()

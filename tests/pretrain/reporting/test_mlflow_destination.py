@@ -6,14 +6,14 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pretrain.config import RunConfig
 from pretrain.reporting.metrics_file import read_metrics
-from pretrain.reporting.mlflow_destination import PARAM_CHARACTERS, flatten, legal_name
+from pretrain.reporting.mlflow_run import PARAM_CHARACTERS, flatten, legal_name
 from pretrain.reporting.reporter import Reporter, build_reporter
 
 MakeConfig = Callable[..., RunConfig]
@@ -107,33 +107,8 @@ def test_a_run_that_the_server_lost_becomes_a_new_one(make_config: MakeConfig) -
     report(reporter, range(5, 6))
     reporter.close()
     (run_id,) = run_ids(MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db"))
-    assert reporter.tracker_state() == {"run_key": "k", "mlflow_run_id": run_id}
-
-
-@pytest.fixture
-def silent_server() -> Iterator[tuple[str, threading.Event]]:
-    """A server that takes every connection and never answers."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    connected = threading.Event()
-    kept: list[socket.socket] = []
-
-    def accept() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            kept.append(connection)
-            connected.set()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}", connected
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-    thread.join(30)
-    for connection in kept:
-        connection.close()
+    database = f"sqlite:///{Path.cwd()}/mlflow.db"
+    assert reporter.tracker_state() == {"run_key": "k", "mlflow_run_id": run_id, "mlflow_database": database}
 
 
 def test_a_server_that_never_answers_holds_nobody_up(

@@ -32,18 +32,26 @@ def result(loss: float = 2.0) -> StepResult:
 
 def test_a_line_is_the_mean_over_its_steps_without_the_pauses() -> None:
     clock = Clock()
-    meter = StepMeter(device=torch.device("cpu"), flops_per_token=6e3, peak_flops_per_second=1e7, clock=clock)
+    meter = StepMeter(
+        device=torch.device("cpu"),
+        flops_per_token=6e3,
+        hardware_flops_per_token=8e3,
+        peak_flops_per_second=1e7,
+        clock=clock,
+    )
     for _ in range(2):
         clock.seconds += 2.0
         meter.count_step(tokens=500, data_seconds=0.5)
     with meter.paused():
         clock.seconds += 1000.0
-    values = meter.read(result(), tokens_seen=9000, learning_rate=1e-3, skipped_steps=1)
+    parts = {"forward_backward": 2.5, "optimizer": 0.5}
+    values = meter.read(result(), tokens_seen=9000, learning_rate=1e-3, skipped_steps=1, part_seconds=parts)
     memory = values.pop("memory_bytes")
     assert memory > 1 << 20
     assert values == {
         "tokens": 9000,
         "loss": 2.0,
+        "perplexity": pytest.approx(math.exp(2.0)),
         "z_loss": 0.25,
         "grad_norm": 1.5,
         "learning_rate": 1e-3,
@@ -52,6 +60,9 @@ def test_a_line_is_the_mean_over_its_steps_without_the_pauses() -> None:
         "tokens_per_second": 250.0,
         "skipped": 1,
         "mfu": pytest.approx(0.15),
+        "hfu": pytest.approx(0.2),
+        "forward_backward_seconds": 1.25,
+        "optimizer_seconds": 0.25,
         "loss_scale": 1024.0,
     }
     clock.seconds += 3.0
