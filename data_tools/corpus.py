@@ -118,7 +118,8 @@ def _quarantined(piece: int, record: BadRecord) -> str:
 
 def _hash_file(path: Path) -> str:
     digest = xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
+    block = bytearray(1 << 20)  # filled again and again: new memory costs more than the hash
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(memoryview(block)[:size])
     return digest.hexdigest()

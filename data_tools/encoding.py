@@ -22,7 +22,7 @@ CHECKED_DOCUMENTS = 64  # the first ones of every task,
 CHECKED_CHARACTERS = 1 << 15  # as long as they have no more than this together
 Ids = NDArray[np.integer]  # (tokens,) of any dtype
 
-REFRESHED_CHARACTERS = 48 << 20  # after so many the fast library is loaded anew: bounds its memory
+REFRESHED_CHARACTERS = 64 << 20  # after so many the fast library is loaded anew: bounds its memory
 logger = logging.getLogger(__name__)
 
 
@@ -88,8 +88,6 @@ class CheckedFastEncoder:
         self._documents_to_check = CHECKED_DOCUMENTS
         self._characters_to_check = CHECKED_CHARACTERS
         self.checked = 0
-        if self._characters >= REFRESHED_CHARACTERS:
-            self._load_fast(self._reference)
 
     def _load_fast(self, tokenizer: DocumentTokenizer) -> None:
         """Begin with an empty cache of words: the library's own grows with every new one."""
@@ -104,6 +102,8 @@ class CheckedFastEncoder:
         Raises:
             EncodersDifferError: a text has other ids in the reference.
         """
+        if self._characters >= REFRESHED_CHARACTERS:
+            self._load_fast(self._reference)
         documents = self._encode_fast(texts)
         self._characters += sum(map(len, texts))
         # the fast library reads special tokens in texts, the reference by our choice does not: it decides on these
@@ -125,6 +125,8 @@ class CheckedFastEncoder:
         """Return which documents hold a special token."""
         ids = np.concatenate(documents)
         low, high = self._marked_range
+        if not len(ids) or ids.max() < low or ids.min() > high:  # as nearly always: they lie at one end
+            return set()
         near = np.flatnonzero((ids >= low) & (ids <= high))  # special tokens have neighbouring ids: few are looked up
         places = near[self._is_marked[ids[near]]]
         ends = np.cumsum([len(one) for one in documents])

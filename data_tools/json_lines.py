@@ -73,8 +73,10 @@ class JsonLinesReader:
                     content += file.readline(longest + 1)
                     if not content.endswith(b"\n") and len(content) - content.rfind(b"\n") - 1 > longest:
                         passed = _pass_line(file)
-                yield from self._parse(BytesIO(content).readlines(), position, passed)
-                position += len(content) + passed
+                lines, size = BytesIO(content).readlines(), len(content) + passed
+                del content  # a line may be large: what is parsed is not kept beside the texts
+                yield from self._parse(lines, position, passed)
+                position += size
             self._file = None
 
     def _parse(self, lines: list[bytes], position: int, passed: int) -> Iterator[DocumentBlock | BadRecord]:
@@ -86,6 +88,7 @@ class JsonLinesReader:
         block = None if passed or max(map(len, lines)) > self.keys.longest_bytes else self._all_good(lines, borders)
         if block is not None:
             self.lines += len(lines)
+            lines.clear()
             yield block
         else:
             yield from self._one_by_one(lines, borders)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ from data_tools.tokenizer import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 1 << 20  # encoded at a time: bounds the memory
+WORKER_TOKENS = 12_000_000  # after the task that makes it so many, a process that encodes is replaced by a new one
 HISTOGRAM_BINS = 32  # bin n holds lengths below 2 ** n that no earlier bin holds
 DOCUMENT = np.dtype(
     [("length", "<i4"), ("split", "<u1"), ("piece", "<u4"), ("start", "<i8"), ("stop", "<i8")]
@@ -56,6 +57,7 @@ class EncodingOptions:
     backend: Backend
     folder: Path  # where the files of tasks are written
     threads: int = 1
+    worker_tokens: int = WORKER_TOKENS
 
 
 @dataclass(kw_only=True)
@@ -195,13 +197,18 @@ class _TaskFiles:
     def publish(self) -> None:
         if self.staged("quarantine").exists():
             self._open["quarantine"] = self.staged("quarantine").open("ab")
+        with ThreadPoolExecutor(len(self._open)) as threads:  # at once: one after another, each waits for the disk
+            list(threads.map(_put_on_disk, self._open.values()))
         for kind, file in self._open.items():
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
             self.staged(kind).rename(task_file(self._folder, self._task, kind))
         self._open.clear()
         sync_folder(self._folder)
+
+
+def _put_on_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @dataclass(kw_only=True)
@@ -272,11 +279,9 @@ def _records(batch: _Batch, encoded: Sequence[Ids], options: EncodingOptions, re
 
 def _joined(encoded: Sequence[Ids], chosen: NDArray[np.int64], eos_id: int, dtype: str) -> NDArray[np.integer]:
     """Return the ids of the chosen documents, one after another, each ending in EOS."""
-    documents = [encoded[number] for number in chosen.tolist()]
-    ends = list(accumulate(len(ids) + 1 for ids in documents))
-    joined = np.full(ends[-1], eos_id, dtype)
-    for ids, end in zip(documents, ends, strict=True):
-        joined[end - 1 - len(ids) : end - 1] = ids
+    pieces = [np.array([eos_id], dtype)] * (2 * len(chosen))
+    pieces[::2] = [encoded[number] for number in chosen.tolist()]
+    joined: NDArray[np.integer] = np.concatenate(pieces, dtype=dtype, casting="unsafe")  # ids fit: see token_dtype
     return joined
 
 

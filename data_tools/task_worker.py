@@ -18,9 +18,10 @@ from data_tools.document_tokenizer import DocumentTokenizer
 from data_tools.encoding import Encoder, build_encoder
 from data_tools.task_encoding import EncodingOptions, TaskEncoder
 from data_tools.tokenizer import load_tokenizer
-from data_tools.worker_host import Failure, ToLoad
+from data_tools.worker_host import Failure, Renewed, ToLoad
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
+_HAD_ENOUGH = 3  # exit code of a worker that is to be replaced
 
 
 def main(parent: int, control: Connection, pairs: list[tuple[int, int]]) -> int:
@@ -44,26 +45,36 @@ def main(parent: int, control: Connection, pairs: list[tuple[int, int]]) -> int:
         return 0
     gc.collect()
     gc.freeze()  # or the first collection in each worker would copy all pages
-    host, numbers = os.getpid(), []
-    for place in range(count):
-        number = os.fork()
-        if number == 0:
-            os._exit(_work(host, control, pairs, place, options, tokenizer, encoder))
-        numbers.append(number)
-    for connection, log in pairs:
+    host, living = os.getpid(), dict(enumerate(pairs[:count]))
+    for connection, log in pairs[count:]:
         os.close(connection)
         os.close(log)
+
+    def fork(place: int) -> int:
+        number = os.fork()
+        if number == 0:
+            os._exit(_work(host, control, living, place, options, tokenizer, encoder))
+        return number
+
+    numbers = [fork(place) for place in range(count)]
     control.send(numbers)
-    for _ in range(count):
+    while living:
         number, status = os.wait()
-        control.send((numbers.index(number), os.waitstatus_to_exitcode(status)))
+        place, code = numbers.index(number), os.waitstatus_to_exitcode(status)
+        if code == _HAD_ENOUGH:
+            numbers[place] = fork(place)  # it goes on with the same connection
+            control.send(Renewed(number=place, process=numbers[place]))
+            continue
+        for descriptor in living.pop(place):
+            os.close(descriptor)  # the last one of the connection: its other side learns that the worker is gone
+        control.send((place, code))
     return 0
 
 
 def _work(
     host: int,
     control: Connection,
-    pairs: list[tuple[int, int]],
+    pairs: dict[int, tuple[int, int]],
     place: int,
     options: EncodingOptions,
     tokenizer: DocumentTokenizer,
@@ -73,7 +84,7 @@ def _work(
     if not _end_with(host):
         return 0
     control.close()
-    for number, (connection, log) in enumerate(pairs):
+    for number, (connection, log) in pairs.items():
         if number == place:
             os.dup2(log, 1)
             os.dup2(log, 2)
@@ -86,26 +97,33 @@ def _work(
         if options.threads > 1:
             os.putenv("TOKENIZERS_PARALLELISM", "true")
             encoder = build_encoder(tokenizer, options.backend, threads=options.threads)
-        serve(Connection(pairs[place][0]), TaskEncoder(options, tokenizer, encoder))
+        had_enough = serve(Connection(pairs[place][0]), TaskEncoder(options, tokenizer, encoder))
     except BaseException:
         logging.getLogger(__name__).exception("the worker failed")
         return 1
-    return 0
+    return _HAD_ENOUGH if had_enough else 0
 
 
-def serve(connection: Connection, encoder: TaskEncoder) -> None:
-    """Encode the tasks that come through a connection until it is closed."""
-    while True:
+def serve(connection: Connection, encoder: TaskEncoder) -> bool:
+    """Encode the tasks that come through a connection until it is closed, or until this process has had enough.
+
+    The libraries remember words, and what they free is not all given back: a new process begins without either.
+    """
+    tokens = 0
+    while tokens < encoder.options.worker_tokens:
         try:
             task = connection.recv()
         except EOFError:
-            return
+            return False
         try:
-            connection.send(encoder.encode(task, lambda *progress: connection.send(progress)))
+            result = encoder.encode(task, lambda *progress: connection.send(progress))
+            tokens += sum(result.tokens)
+            connection.send(result)
         except ConnectionError:
-            return  # the parent is gone: nobody wants the result
+            return False  # the parent is gone: nobody wants the result
         except Exception as error:
             connection.send(Failure(error))
+    return True
 
 
 def _end_with(parent: int) -> bool:

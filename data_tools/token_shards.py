@@ -53,6 +53,7 @@ __all__ = [
     "verify_dataset",
 ]
 
+_FEW_DOCUMENTS = 16  # that most rows have at most: looked through first
 MAX_OPEN_SHARDS = 128  # mapped at a time: each holds up to three file descriptors
 
 Tokens = NDArray[np.integer]  # uint16 or int32, as the manifest says
@@ -193,6 +194,10 @@ class TokenDataset:
             IndexError: there is no such row.
         """
         self._check_length(sequence_length)
+        if self.sequence_length is None and indices and min(indices) >= 0:
+            shard, first = self._shard_at(min(indices) * sequence_length)
+            if (max(indices) + 1) * sequence_length - first < len(shard.tokens):  # as mostly: all in one shard
+                return shard.rows([index * sequence_length - first for index in indices], sequence_length)
         rows: list[Row | None] = [None] * len(indices)
         inside: dict[_Shard, tuple[list[int], list[int]]] = {}  # places in `rows`, and starts in the shard
         for place, index in enumerate(indices):
@@ -310,23 +315,27 @@ class _Shard:
     def rows(self, starts: Sequence[int], length: int) -> list[Row]:
         """Read rows of documents that end before the shard's last token."""
         searchable, item_bytes, offsets = self.index.searchable, self.item_bytes, self.index.offsets
-        documents, ends_there = [], []
+        count = len(searchable)
+        documents, next_tokens, counts = [], [], []
         for start in starts:
             stop_byte = (start + length) * item_bytes
             low = bisect_right(searchable, start * item_bytes) - 1  # the document that holds the first token
-            high = bisect_left(searchable, stop_byte, low, min(low + length + 1, len(searchable)))
+            near = min(low + _FEW_DOCUMENTS, count)
+            high = bisect_left(searchable, stop_byte, low, near)
+            if high == near < count:
+                high = bisect_left(searchable, stop_byte, near, min(low + length + 1, count))
             documents.append(offsets[low:high])
-            ends_there.append(high < len(searchable) and searchable[high] == stop_byte)
-        counts = [len(found) for found in documents]
+            counts.append(high - low)
+            ends_there = high < count and searchable[high] == stop_byte
+            next_tokens.append(None if ends_there else int(self.tokens[start + length]))
         joined = np.concatenate(documents)
         joined -= np.repeat(np.array(starts, np.int64) * item_bytes, counts)
         joined >>= item_bytes.bit_length() - 1  # 2 or 4 bytes: a division takes longer than all the rest
         inside = joined.astype(np.int32)
-        rows, first = [], 0
-        for start, count, ends in zip(starts, counts, ends_there, strict=True):
-            stop = start + length
-            inside[first] = 0
-            next_token = None if ends else int(self.tokens[stop])
-            rows.append(Row(self.tokens[start:stop], next_token, inside[first : first + count], length))
-            first += count
-        return rows
+        ends = list(accumulate(counts))
+        firsts = [0, *ends[:-1]]
+        inside[firsts] = 0
+        return [
+            Row(self.tokens[start : start + length], next_token, inside[first:end], length)
+            for start, next_token, first, end in zip(starts, next_tokens, firsts, ends, strict=True)
+        ]

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
@@ -21,6 +22,7 @@ from data_tools.choices import Backend
 from data_tools.task_encoding import EncodingOptions
 
 _REAP_SECONDS = 10.0
+_LOOK_SECONDS = 0.1
 _FATE_SECONDS = 60.0  # in which the host tells how a process ended whose connection is gone
 
 
@@ -29,6 +31,14 @@ class Failure:
     """What is sent when something raised."""
 
     error: Exception
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renewed:
+    """What a host says when it has replaced a worker that had enough."""
+
+    number: int  # of the worker
+    process: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +114,7 @@ class WorkerHost:
         """End all processes, and return when none is left; to be called once or more."""
         if self._control.closed:
             return
-        self._listen(0)
-        for worker in self._workers:
-            if worker is not None:
-                with suppress(psutil.NoSuchProcess):
-                    worker.kill()
-        try:
-            self._process.wait(_REAP_SECONDS if self._workers else 0)  # it ends when it has reaped them
-        except subprocess.TimeoutExpired:
+        if not self._workers or not self._has_reaped():
             self._process.kill()  # the kernel kills its workers with it
             self._process.wait()
         for connection in self.connections:
@@ -120,6 +123,20 @@ class WorkerHost:
         self._control.close()
         for log in self._logs:
             log.close()
+
+    def _has_reaped(self) -> bool:
+        """Kill the workers, also one that is just being replaced, and return whether the host has ended."""
+        end = time.monotonic() + _REAP_SECONDS
+        while time.monotonic() < end:
+            self._listen(0)
+            for worker in self._workers:
+                if worker is not None:
+                    with suppress(psutil.NoSuchProcess):
+                        worker.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LOOK_SECONDS)
+                return True
+        return False
 
     def _tell(self, message: object) -> None:
         try:
@@ -136,6 +153,8 @@ class WorkerHost:
                 heard = True
                 if isinstance(message, Failure):
                     self._failure = message.error
+                elif isinstance(message, Renewed):
+                    self._workers[message.number] = _process(message.process)
                 elif isinstance(message, list):
                     self._workers = [_process(number) for number in message]
                 else:

@@ -79,11 +79,12 @@ class EncodingPool:
                 result = worker.receive(on_progress)
                 if result is None:
                     continue
-                yield worker.task, result
+                finished = worker.task
                 if waiting:
-                    worker.begin(waiting.popleft())
+                    worker.begin(waiting.popleft())  # first: what becomes of the result takes the disk's time
                 else:
                     busy.remove(worker)
+                yield finished, result
 
     def _wait(self, busy: Sequence[_Worker]) -> Sequence[object]:
         """Return the connections on which something has come; look after the workers while nothing has."""
@@ -117,6 +118,7 @@ class _Worker:
         self._idle_seconds = 0.0
         self._used_seconds = 0.0  # of the processor, when it was looked at
         self._used_when_heard = 0.0
+        self._watched: psutil.Process | None = None
 
     def begin(self, task: Task) -> None:
         self.task = task
@@ -149,6 +151,8 @@ class _Worker:
             times = None
         if times is None:
             return  # it has died: its connection will say so
+        if process != self._watched:  # a new one in the place of one that had enough
+            self._watched, self._used_seconds, self._used_when_heard = process, 0.0, 0.0
         used = times.user + times.system
         self._idle_seconds = 0.0 if used > self._used_seconds else self._idle_seconds + elapsed
         self._used_seconds = used

@@ -20,13 +20,13 @@ def build_micro_batch(rows: Sequence[Row], sequence_length: int, buffers: BatchB
     shape = (3, len(rows), sequence_length)
     block = np.empty(shape, np.int64) if buffers is None else buffers.take(shape)
     ids, labels, positions = block
-    for target, row in zip(ids, rows, strict=True):
-        target[:] = row.tokens
+    for row_ids, row_labels, row in zip(ids, labels, rows, strict=True):
+        row_ids[:] = row.tokens
+        row_labels[:-1] = row.tokens[1:]  # from there: to copy from ids, whole pages away, takes ten times as long
     borders = _borders(rows, sequence_length)
     starts, lengths = borders[:-1], np.diff(borders)
 
     flat_labels = labels.reshape(-1)
-    flat_labels[:-1] = ids.reshape(-1)[1:]
     flat_labels[starts[1:] - 1] = IGNORED_LABEL  # the last token of each document but the last
     labels[:, -1] = [IGNORED_LABEL if row.next_token is None else row.next_token for row in rows]
     for target, row in zip(labels, rows, strict=True):
@@ -34,9 +34,9 @@ def build_micro_batch(rows: Sequence[Row], sequence_length: int, buffers: BatchB
             target[row.used :] = IGNORED_LABEL
 
     flat_positions = positions.reshape(-1)
-    flat_positions[:] = 1  # counted up in place
+    flat_positions.fill(1)  # counted up in place
     flat_positions[0] = 0
-    flat_positions[starts[1:]] -= lengths[:-1]
+    flat_positions[starts[1:]] = 1 - lengths[:-1]
     np.cumsum(flat_positions, out=flat_positions)
     input_ids, label_ids, position_ids = torch.from_numpy(block).unbind()
     return Batch(

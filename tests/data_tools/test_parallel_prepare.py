@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ import pytest
 from data_tools.choices import BadLinePolicy
 from data_tools.errors import InputError, WorkerError
 from data_tools.journal import JOURNAL_NAME, Journal
-from data_tools.prepare import PrepareOptions, prepare
-from data_tools.task_encoding import TaskEncoder
+from data_tools.prepare import PrepareOptions, encoding_options, prepare
+from data_tools.task_encoding import EncodingOptions, TaskEncoder
 from data_tools.worker_pool import EncodingPool
 from tests.data_tools.conftest import TEXT, write_lines
 from tests.data_tools.doomed_runs import Stroke, Victim, begin_doomed, was_struck
@@ -90,6 +91,26 @@ def test_every_number_of_workers_makes_the_same_bytes(
         prepare([corpus], tokenizer_folder, out, OPTIONS, workers=workers, range_bytes=RANGE_BYTES)
         assert content(out) == clean
     assert len([name for name in clean if name.startswith("train/") and name.endswith(".bin")]) > 2
+
+
+def test_workers_that_had_enough_are_replaced_and_leave_no_trace(
+    tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, seen = Journal.append, set()
+
+    def append_and_look(journal: Journal, entry: Mapping[str, Any]) -> None:
+        append(journal, entry)
+        with suppress(psutil.Error):  # one has just been replaced
+            seen.update(worker.pid for worker in workers_of_this_process())
+
+    def few_tokens(*words: Any) -> EncodingOptions:
+        return replace(encoding_options(*words), worker_tokens=2000)
+
+    monkeypatch.setattr(Journal, "append", append_and_look)
+    monkeypatch.setattr("data_tools.prepare.encoding_options", few_tokens)
+    prepare([corpus], tokenizer_folder, tmp_path / "out", OPTIONS, workers=2, range_bytes=RANGE_BYTES)
+    assert len(seen) > 3
+    assert content(tmp_path / "out") == clean
 
 
 def test_how_the_inputs_are_cut_leaves_no_trace(
