@@ -24,7 +24,7 @@ def build_micro_batch(rows: Sequence[Row], sequence_length: int, buffers: BatchB
         row_ids[:] = row.tokens
         row_labels[:-1] = row.tokens[1:]  # from there: to copy from ids, whole pages away, takes ten times as long
     borders = _borders(rows, sequence_length)
-    starts, lengths = borders[:-1], np.diff(borders)
+    starts, lengths = borders[:-1], borders[1:] - borders[:-1]
 
     flat_labels = labels.reshape(-1)
     flat_labels[starts[1:] - 1] = IGNORED_LABEL  # the last token of each document but the last
@@ -61,6 +61,6 @@ def _borders(rows: Sequence[Row], sequence_length: int) -> np.ndarray[tuple[int]
     counts = [len(piece) for piece in pieces]
     firsts = np.arange(0, len(rows) * sequence_length, sequence_length)
     borders = np.concatenate([*pieces, [len(rows) * sequence_length]], dtype=np.int64)
-    borders[:-1] += np.repeat(firsts, counts)
+    borders[:-1] += firsts.repeat(counts)
     padded = [first + row.used for first, row in zip(firsts.tolist(), rows, strict=True) if row.used < sequence_length]
     return np.sort(np.concatenate((borders, padded)).astype(np.int64)) if padded else borders

@@ -63,14 +63,33 @@ def test_a_tree_keeps_its_bound_and_its_places_agree_with_its_counts(weights: li
     assert tree.counts(first + 300) == before
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def depth(tree: SplitTree) -> int:
+    """How many splits a sample passes at most."""
+    depths = [1] * len(tree._splits)
+    for number, split in enumerate(tree._splits):  # parents come first
+        for side in (split.left, split.right):
+            if side >= 0:
+                depths[side] = depths[number] + 1
+    return max(depths)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0, "two sizes"])
 @pytest.mark.parametrize("count", [2, 3, 64, 1024])
-def test_many_sources_and_samples(count: int, spread: float) -> None:
-    drawn = np.random.default_rng(count).lognormal(0, spread, count)
+def test_many_sources_and_samples(count: int, spread: float | str) -> None:
+    generator = np.random.default_rng(count)
+    if isinstance(spread, str):
+        drawn = np.where(generator.random(count) < 0.5, 1.0, generator.random()) + 1e-4 * generator.random(count)
+    else:
+        drawn = generator.lognormal(0, spread, count)
     mixture = Mixture([float(f"{weight:.4g}") for weight in drawn])
     weights = mixture.segment_at(0).weights
     interleaving = mixture.segment_at(0).interleaving
     assert interleaving is not None
+    assert interleaving.bound < 1.5  # samples; below one where the weights repeat within 65,536
+    if isinstance(interleaving, SplitTree):
+        assert depth(interleaving) <= 4 * math.log2(count) + 12  # not as many as there are sources
+    else:
+        assert interleaving.bound < 1
     for place in np.random.default_rng(1).integers(0, FARTHEST, 20).tolist():
         counts = mixture.consumed(place)
         assert sum(counts) == place
