@@ -176,7 +176,7 @@ class _Worker:
         self._host.ask_for_stack(self._number)
         time.sleep(_STACK_SECONDS)
         return WorkerError(
-            f"the worker that encoded {self.task} hangs: it {how}{self._said(12)}",
+            f"the worker that encoded {self.task} hangs: it {how}{self._said(16)}",
             "workers that get on",
             "look at the storage that it reads and writes, or give it longer with --hang-seconds; "
             "the same command again goes on with what is not finished",
