@@ -20,7 +20,7 @@ SECTIONS: dict[str, Any] = {
     "checkpoint": {"every_steps": SAVE_EVERY},
     "evaluation": {"max_rows": 8},
 }
-CLOSE = 1e-5  # relative: another number of ranks sums in another order
+CLOSE = 1e-4  # relative: another number of ranks sums in another order, which Adam makes more of
 
 
 @pytest.fixture(scope="module")
