@@ -69,7 +69,8 @@ def test_the_command_serves_until_a_signal_and_finishes_what_runs(tmp_path: Path
     environment = os.environ | {"PRETRAIN_SERVE_TOKEN": LONG}
     with log.open("wb") as file:
         server = subprocess.Popen(
-            [sys.executable, "-m", "pretrain", "serve", str(tmp_path / "run"), "--port", "0", "--name", "mine"],
+            [sys.executable, "-m", "pretrain", "serve", str(tmp_path / "run"), "--port", "0", "--name", "mine"]
+            + ["--grace-seconds", str(SECONDS)],
             stderr=file,
             env=environment,
         )
@@ -88,13 +89,13 @@ def test_the_command_serves_until_a_signal_and_finishes_what_runs(tmp_path: Path
         )
         assert (second.returncode, "Address already in use" in second.stderr) == (64, True), second.stderr
         answers: list[dict] = []
-        asking = threading.Thread(target=lambda: answers.append(_ask(found[0], tokens=1500)), daemon=True)
+        asking = threading.Thread(target=lambda: answers.append(_ask(found[0], tokens=400)), daemon=True)
         asking.start()
         wait_until(lambda: _running(found[0]) == 1)
         server.send_signal(signal.SIGTERM)
         assert server.wait(SECONDS) == 0
         asking.join(SECONDS)
-        assert answers[0]["usage"]["completion_tokens"] == 1500
+        assert answers[0]["usage"]["completion_tokens"] == 400
         assert "stopping: 1 answers run, 0 wait" in log.read_text()
     finally:
         server.kill()
