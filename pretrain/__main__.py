@@ -33,6 +33,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Changes to the run configuration, as YAML values."),
 ]
+StoredType = Literal["auto", "bf16", "fp16", "fp32"]
+Check = Literal["auto", "logits", "tensors"]
 Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="A run folder, a checkpoint folder, or a Hugging Face model folder.")
 ]
@@ -246,23 +248,38 @@ def evaluate(
 def export(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Stored type of the weights.")] = "bf16",
+    dtype: Annotated[StoredType, typer.Option(help="auto: that of an imported model, else bf16.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Of one safetensors file: 5GB, 500MB.")] = "5GB",
+    check: Annotated[Check, typer.Option(help="logits: of whole models; auto: where they fit the memory.")] = "auto",
+    adapter: Annotated[bool, typer.Option("--adapter", help="A peft folder of a run with model.lora.")] = False,
     register: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also a version of this model in the run's MLflow registry.")
     ] = None,
 ) -> None:
-    """Write a Hugging Face folder, and check it.
+    """Write a Hugging Face folder, and check that it is the checkpoint."""
+    from pretrain.export import export_source, parse_size
+    from pretrain.export_adapter import export_adapter
 
-    transformers must load it with logits equal to the trained weights'.
-    """
-    from pretrain.export import export_source
-
-    report = export_source(source, output, dtype=dtype)
+    if adapter:
+        print(export_adapter(source, output))
+        return
+    report = export_source(source, output, dtype=dtype, shard_bytes=parse_size(max_shard_size), check=check)
     print(report)
     if register:
         from pretrain.monitoring.registration import register_export
 
         print(register_export(source, report.folder, report.step, register))
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
+) -> None:
+    """Check a Hugging Face folder and make it a checkpoint of step 0, which model.weights and all commands read."""
+    from pretrain.import_folder import import_folder
+
+    print(import_folder(folder, output))
 
 
 @app.command()

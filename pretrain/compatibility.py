@@ -52,6 +52,7 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "liger's kernels": lambda run: run.config.execution.kernels == "liger",
     "several processes": lambda run: run.world_size > 1,
     "a DeepSpeed file": lambda run: run.config.parallel.deepspeed_config is not None,
+    "LoRA": lambda run: run.config.model.lora is not None,
 }
 
 # Features that change how ranks share the work: every pair that is not refused has a parity test.

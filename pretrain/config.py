@@ -36,6 +36,15 @@ Offload = Literal["none", "cpu", "nvme"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
+class LoraSection(Section):
+    """Low-rank adapters beside frozen weights: what is trained in their place (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)  # an adapter's product counts alpha / rank times
+    targets: list[str] | None = None  # names of linears, such as q_proj; null: all linears of the layers
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what adapters read
+
+
 class ModelSection(Section):
     """A `transformers` causal LM: `model_type` or `preset` or `weights`, and any field of that configuration."""
 
@@ -43,7 +52,9 @@ class ModelSection(Section):
 
     model_type: str | None = None
     preset: str | None = None
-    weights: str | None = None  # a Hugging Face folder: architecture and starting weights come from it
+    # a Hugging Face folder, or what `pretrain import` made of one: architecture and starting weights come from it
+    weights: str | None = None
+    lora: LoraSection | None = None  # train adapters beside the weights of an imported folder; null: all weights
 
     @classmethod
     def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
@@ -56,6 +67,12 @@ class ModelSection(Section):
                 found,
                 "exactly one of model.model_type, model.preset, model.weights",
                 "keep one of them" if named else "add, for example, model.preset=gpt2-125m",
+            )
+        if given.get("lora") is not None and given.get("weights") is None:
+            yield Problem(
+                "model.lora is given, and no weights that adapters could be trained beside",
+                "model.weights: a folder that `pretrain import` wrote",
+                "import a model and set model.weights, or leave model.lora out",
             )
 
     @property

@@ -1,6 +1,6 @@
 """Writes a checkpoint's master weights as a Hugging Face folder, and proves that transformers loads it equal.
 
-Owns the folder's files; the check is export_check.py's. Streams: one tensor in memory while writing.
+Owns the folder; its weights are export_weights.py's, the check export_check.py's, the model card model_card.py's.
 """
 
 from __future__ import annotations
@@ -8,32 +8,29 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from pretrain.adapters import open_model
 from pretrain.checkpoint.durable import sync_folder
-from pretrain.checkpoint.fragments import MASTER, element_count
-from pretrain.checkpoint.inspection import open_verified, select_checkpoint
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.errors import CheckpointError, ConfigError, Problem
-from pretrain.export_check import check_logits, check_tensors, check_tokenizer
+from pretrain.export_check import check_logits, check_names, check_tensors, check_tokenizer, fits_memory
+from pretrain.export_weights import DTYPES, StoredType, stored_types, write_weights
 from pretrain.inference.load import load_tokenizer, read_model_config, tokenizer_folder
+from pretrain.model_card import model_card
+from pretrain.models.build import build_on_meta
 
 logger = logging.getLogger(__name__)
 
-StoredType = Literal["bf16", "fp32"]
-_DTYPES: dict[StoredType, tuple[torch.dtype, str]] = {"bf16": (torch.bfloat16, "BF16"), "fp32": (torch.float32, "F32")}
+Check = Literal["auto", "logits", "tensors"]
 SHARD_BYTES = 5_000_000_000  # of one safetensors file
 
 
@@ -46,39 +43,54 @@ class ExportReport:
     tensors: int
     bytes: int
     files: int
-    rounding: float  # root mean square change of logits by the stored type, relative to the master weights' logits
+    # root mean square change of logits by the stored type, relative to the master weights' logits; None: not compared
+    rounding: float | None
 
     def __str__(self) -> str:
         gigabytes = self.bytes / 1e9
+        written = f"{self.folder}: step {self.step}, {self.tensors} tensors, {gigabytes:.3f} GB in {self.files} file(s)"
+        if self.rounding is None:
+            return f"{written}\nchecked: every tensor is the checkpoint's, and named as transformers names it"
         return (
-            f"{self.folder}: step {self.step}, {self.tensors} tensors, {gigabytes:.3f} GB in {self.files} file(s)\n"
-            "checked: transformers loads it, with tensors and logits equal to the checkpoint's; "
+            f"{written}\nchecked: transformers loads it, with tensors and logits equal to the checkpoint's; "
             f"rounding to the stored type changed the logits by {self.rounding:.2g} of their size"
         )
 
 
 def export_source(
-    source: Path, output: Path, *, dtype: StoredType = "bf16", shard_bytes: int = SHARD_BYTES
+    source: Path,
+    output: Path,
+    *,
+    dtype: StoredType = "auto",
+    shard_bytes: int = SHARD_BYTES,
+    check: Check = "auto",
 ) -> ExportReport:
     """Export a run's best (else latest) checkpoint or a checkpoint folder; it is verified to its last byte first."""
-    with open_verified(select_checkpoint(source)) as checkpoint:
-        return export_checkpoint(checkpoint, output, dtype=dtype, shard_bytes=shard_bytes)
+    with open_model(source) as checkpoint:
+        return export_checkpoint(checkpoint, output, dtype=dtype, shard_bytes=shard_bytes, check=check)
 
 
 def export_checkpoint(
-    checkpoint: Checkpoint, output: Path, *, dtype: StoredType = "bf16", shard_bytes: int = SHARD_BYTES
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    dtype: StoredType = "auto",
+    shard_bytes: int = SHARD_BYTES,
+    check: Check = "auto",
 ) -> ExportReport:
     """Write a Hugging Face folder in one step: it is there whole and checked, or not at all.
 
-    The check: every stored tensor equals the master weight rounded to `dtype`, and a model that `AutoModelForCausalLM`
-    loads from the folder gives exactly the logits of a model with those weights. With fp32 these are the master
-    weights; with bf16 the change by rounding is measured and must stay below export_check.ROUNDING_TOLERANCE.
+    `dtype` auto is the type that an imported model came with, else bf16. The check: every stored tensor equals the
+    master weight rounded to its type, and (`check` logits, or auto where whole models fit the memory) a model that
+    transformers loads from the folder gives exactly the logits of a model with those weights. The change of logits by
+    rounding is measured and must stay below export_check.ROUNDING_TOLERANCE. Without logits, names and shapes are
+    compared with transformers' model, and memory stays at a few blocks whatever the model.
 
     Raises:
         ConfigError: where the output exists or a value is not allowed.
         CheckpointError: where the folder cannot be written or fails the check; nothing is left of it then.
     """
-    _refuse_bad_request(output, dtype, shard_bytes)
+    _refuse_bad_request(output, dtype, shard_bytes, check)
     output = output.absolute()
     staging = output.with_name(f".staging-{output.name}")
     tokenizer = load_tokenizer(checkpoint) if tokenizer_folder(checkpoint) else None
@@ -87,12 +99,14 @@ def export_checkpoint(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        files = _write_weights(checkpoint, staging, dtype, shard_bytes)
-        _write_configs(read_model_config(checkpoint), staging, dtype, tokenizer)
+        types, config = stored_types(checkpoint, dtype), read_model_config(checkpoint)
+        files = write_weights(checkpoint, staging, types, shard_bytes)
+        _write_configs(checkpoint, config, staging, types, tokenizer)
         _write_tokenizer(checkpoint, staging, tokenizer)
-        (staging / "README.md").write_text(_model_card(checkpoint, output.name, dtype), encoding="utf-8")
-        check_tensors(checkpoint, staging, files, _DTYPES[dtype][0])
-        rounding = check_logits(checkpoint, staging, _DTYPES[dtype][0])
+        (staging / "README.md").write_text(model_card(checkpoint, output.name, types), encoding="utf-8")
+        check_tensors(checkpoint, staging, files, types)
+        check_names(config, staging)
+        rounding = check_logits(checkpoint, staging, types) if _compares_logits(check, config) else None
         check_tokenizer(staging, tokenizer)
         _sync_files(staging)
         staging.rename(output)
@@ -104,86 +118,71 @@ def export_checkpoint(
     return ExportReport(
         folder=output,
         step=checkpoint.manifest.step,
-        tensors=len(checkpoint.names()),
+        tensors=sum(map(len, files.values())),
         bytes=sum((output / name).stat().st_size for name in files),
         files=len(files),
         rounding=rounding,
     )
 
 
-def _refuse_bad_request(output: Path, dtype: str, shard_bytes: int) -> None:
+def parse_size(text: str) -> int:
+    """Bytes of a text such as 5GB or 500MB, in powers of a thousand as safetensors' tools count.
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if found is None:
+        raise ConfigError(Problem(f"size {text!r}", "a number and KB, MB, GB or TB", "change --max-shard-size"))
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+
+
+def _compares_logits(check: Check, config: PretrainedConfig) -> bool:
+    if check == "auto" and not (fits := fits_memory(config)):
+        logger.warning("logits are not compared: two models in fp32 need more than half of the free memory")
+        return fits
+    return check != "tensors"
+
+
+def _refuse_bad_request(output: Path, dtype: str, shard_bytes: int, check: str) -> None:
     problems = []
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         problems.append(Problem(f"{output} exists", "a new or an empty folder", "choose another --output"))
-    if dtype not in _DTYPES:
-        problems.append(Problem(f"type {dtype!r}", ", ".join(_DTYPES), "change --dtype"))
+    if dtype not in get_args(StoredType):
+        problems.append(Problem(f"type {dtype!r}", ", ".join(get_args(StoredType)), "change --dtype"))
+    if check not in get_args(Check):
+        problems.append(Problem(f"check {check!r}", ", ".join(get_args(Check)), "change --check"))
     if shard_bytes <= 0:
-        problems.append(Problem(f"{shard_bytes} bytes a file", "more than 0", "change the size of a file"))
+        problems.append(Problem(f"{shard_bytes} bytes a file", "more than 0", "change --max-shard-size"))
     if problems:
         raise ConfigError(*problems)
 
 
-def _write_weights(
-    checkpoint: Checkpoint, folder: Path, dtype: StoredType, shard_bytes: int
-) -> dict[str, Sequence[str]]:
-    """Write all tensors, a file at a time; returns the names that each file holds."""
-    item_bytes = _DTYPES[dtype][0].itemsize
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in checkpoint.names():
-        size = element_count(checkpoint.shape(name)) * item_bytes
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    if len(shards) == 1:
-        files = {"model.safetensors": shards[0]}
-    else:
-        files = {
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)
-        }
-        elements = sum(element_count(checkpoint.shape(name)) for name in checkpoint.names())
-        index = {
-            "metadata": {"total_parameters": elements, "total_size": elements * item_bytes},
-            "weight_map": {name: file for file, names in files.items() for name in names},
-        }
-        _write_json(folder / "model.safetensors.index.json", index)
-    for file, names in files.items():
-        _write_shard(checkpoint, folder / file, names, dtype)
-    return dict(files)
-
-
-def _write_shard(checkpoint: Checkpoint, path: Path, names: Sequence[str], dtype: StoredType) -> None:
-    """The safetensors library wants a whole file's tensors at once; written here, one after another."""
-    torch_dtype, code = _DTYPES[dtype]
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in names:
-        end = position + element_count(checkpoint.shape(name)) * torch_dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(checkpoint.shape(name)), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            values = checkpoint.read(name, MASTER).to(torch_dtype).reshape(-1)
-            file.write(values.view(torch.uint8).numpy().data)
-
-
 def _write_configs(
-    config: PretrainedConfig, folder: Path, dtype: StoredType, tokenizer: PreTrainedTokenizerBase | None
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    folder: Path,
+    types: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """config.json and generation_config.json; special tokens are the tokenizer's, not the family's defaults."""
-    config.dtype = _DTYPES[dtype][0]
-    with torch.device("meta"):
-        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
-    if tokenizer is not None:
+    """config.json and generation_config.json; special tokens are the tokenizer's, not the family's defaults.
+
+    Those of an imported model are its own, as they came.
+    """
+    imported = checkpoint.manifest.metadata.get("imported")
+    usual = Counter(types.values()).most_common(1)[0][0]
+    config.dtype = DTYPES[usual][0]
+    config.architectures = [type(build_on_meta(config)).__name__]
+    if tokenizer is not None and not imported:
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
+    if imported and imported["generation_config"] is not None:
+        # as it came: transformers loads published ones that it would not save (Llama 2's has top_p without sampling)
+        text = json.dumps(imported["generation_config"], indent=2) + "\n"
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
+        return
     GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -210,44 +209,3 @@ def _sync_files(folder: Path) -> None:
         finally:
             os.close(descriptor)
     sync_folder(folder)
-
-
-def _write_json(path: Path, values: object) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _model_card(checkpoint: Checkpoint, name: str, dtype: StoredType) -> str:
-    """A README that says what the folder is, how it came about, and how to use it."""
-    manifest = checkpoint.manifest
-    config = manifest.metadata["model_config"]
-    elements = sum(element_count(checkpoint.shape(parameter)) for parameter in checkpoint.names())
-    tokens = manifest.progress.get("tokens_seen")
-    facts = [
-        f"- Architecture: {config['model_type']}, {elements:,} parameters, vocabulary of {config['vocab_size']:,}",
-        f"- Pretrained for {manifest.step:,} steps" + (f", {tokens:,} tokens" if tokens is not None else ""),
-        f"- Stored as {dtype} from fp32 master weights, saved {manifest.saved_at}",
-        *(f"- {package} {version}" for package, version in manifest.versions.items()),
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "---",
-            f"# {name}",
-            "",
-            "A base language model: it continues text and was not trained to follow instructions.",
-            "",
-            *facts,
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'folder = "{name}"',
-            "tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)",
-            'prompt = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)',
-            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=True)[0]))",
-            "```",
-            "",
-        ]
-    )

@@ -37,6 +37,7 @@ Feature = Literal[
     "liger's kernels",
     "several processes",
     "a DeepSpeed file",
+    "LoRA",
 ]
 
 
@@ -120,6 +121,12 @@ _LIGER_WAS_NOT_COMPARED = Refusal(
     reason="liger's kernels were never compared with torch's where ranks share a model or layers are compiled",
     allowed="execution.kernels: torch",
     change="set execution.kernels=torch",
+)
+
+_LORA_ON_WHOLE_MODELS = Refusal(
+    reason="adapters are made beside whole matrices, which this layout cuts or builds in pieces",
+    allowed="the plain engine, ZeRO 0 to 2, and the accelerate engine with parallel.data_parallel=replicate",
+    change="set parallel.zero_stage=2 and all sizes of parallel to 1, or leave model.lora out",
 )
 
 # What has a feature has the other one too, and with it what the table refuses to that one.
@@ -244,6 +251,32 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
     ),
     ("NVMe offload", "ZeRO stage 1"): _SWAPPED_ARE_SHARDS,
     ("NVMe offload", "ZeRO stage 2"): _SWAPPED_ARE_SHARDS,
+    ("LoRA", "ZeRO stage 3"): _LORA_ON_WHOLE_MODELS,
+    ("LoRA", "tensor parallelism"): _LORA_ON_WHOLE_MODELS,
+    ("LoRA", "pipeline parallelism"): _LORA_ON_WHOLE_MODELS,
+    ("LoRA", "sequence parallelism"): _LORA_ON_WHOLE_MODELS,
+    ("LoRA", "expert parallelism"): _LORA_ON_WHOLE_MODELS,
+    ("LoRA", "sharded data parallelism"): _LORA_ON_WHOLE_MODELS,
+    ("LoRA", "optimizer offload"): Refusal(
+        reason="not shown to give the right numbers, and adapters' moments are small",
+        allowed="none",
+        change="set parallel.offload_optimizer=none, or leave model.lora out",
+    ),
+    ("LoRA", "precision fp16"): Refusal(
+        reason="not shown to give the right numbers",
+        allowed="fp32, bf16",
+        change="set precision=bf16, or leave model.lora out",
+    ),
+    ("LoRA", "liger's kernels"): Refusal(
+        reason="never compared with plain",
+        allowed="execution.kernels: torch",
+        change="set execution.kernels=torch, or leave model.lora out",
+    ),
+    ("LoRA", "compiled layers"): Refusal(
+        reason="adapters are put into layers after these were marked for compilation, which was never tried",
+        allowed="execution.compile: false",
+        change="set execution.compile=false, or leave model.lora out",
+    ),
     ("optimizer offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
     ("parameter offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
     ("optimizer offload", "ZeRO stage 0"): Refusal(

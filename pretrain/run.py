@@ -88,6 +88,8 @@ def _evaluate(
     source: Path, data: Path | None, split: str, max_rows: int | None, device: torch.device
 ) -> list[Measured]:
     run = None if is_hugging_face_folder(source) else open_verified(select_checkpoint(source)).manifest.metadata
+    if run is not None and "run_config" not in run:  # an imported model
+        run = None
     if data is not None:
         datasets = {data.name: str(data / split if (data / split).is_dir() else data)}
     else:

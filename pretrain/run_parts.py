@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pretrain.adapters import frozen_weights, lora_record, require_same_base
 from pretrain.checkpoint.build import build_store
 from pretrain.checkpoint.copies import DurableCopies
 from pretrain.checkpoint.reader import Checkpoint
@@ -26,6 +27,7 @@ from pretrain.distributed import Place
 from pretrain.engines.base import Engine
 from pretrain.engines.build import build_engine
 from pretrain.engines.deepspeed_config import read_deepspeed_file
+from pretrain.initial_weights import start_from_import
 from pretrain.models.build import ModelBuilder
 from pretrain.reporting.reporter import Reporter
 from pretrain.run_plan import RunPlan
@@ -112,7 +114,9 @@ def open_parts(
 def restore_run(parts: RunParts, checkpoint: Checkpoint | None) -> Progress:
     """Put the engine where the checkpoint stands; step 0 without one."""
     if checkpoint is None:
+        start_from_import(parts.engine, parts.config.model)
         return Progress()
+    require_same_base(checkpoint, parts.config.model)
     checkpoint.require_model(parts.engine.parameter_shapes())
     parts.engine.restore(checkpoint)
     checkpoint.close()
@@ -148,6 +152,7 @@ def stored_metadata(parts: RunParts, reporter: Reporter, guard: Guard, progress:
         "guard": guard.state(),
         "trackers": reporter.tracker_state(),
         "run_config": parts.config.model_dump(mode="json"),
+        **lora_record(parts.config.model, engine.parameter_shapes()),
     }
 
 
@@ -158,20 +163,22 @@ def build_run_engine(
     adjust: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Engine:
     """The engine with its starting weights; `adjust` changes what the DeepSpeed file says. Every rank must call."""
-    builder = ModelBuilder(
-        config.model,
-        seed=config.seed,
-        sequence_length=config.batch.sequence_length,
-        execution=config.execution,
-        loss=config.loss,
-    )
     file = config.parallel.deepspeed_config
-    return build_engine(
-        config,
-        plan.engine,
-        builder,
-        device,
-        topology=plan.topology,
-        accumulation=plan.batch.accumulation,
-        file_values=adjust(read_deepspeed_file(file) if file else {}),
-    )
+    with frozen_weights(config.model) as read_frozen:
+        builder = ModelBuilder(
+            config.model,
+            seed=config.seed,
+            sequence_length=config.batch.sequence_length,
+            execution=config.execution,
+            loss=config.loss,
+            read_frozen=read_frozen,
+        )
+        return build_engine(
+            config,
+            plan.engine,
+            builder,
+            device,
+            topology=plan.topology,
+            accumulation=plan.batch.accumulation,
+            file_values=adjust(read_deepspeed_file(file) if file else {}),
+        )

@@ -92,6 +92,8 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     if problems or topology is None or batch is None or model is None or file is None:
         raise ConfigError(*problems)
     architecture, parameters = model
+    if config.model.lora is not None:
+        warnings.append("with model.lora, memory and FLOPs are an upper bound: those of training all weights")
     warnings += pipeline_warnings(parallel, batch.accumulation)
     layout = layout_of(config, engine, topology, read_buffers(file, parallel.zero_stage))
     return RunPlan(
@@ -105,6 +107,16 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
         stages=partition_run(config, architecture),
         warnings=tuple(warnings),
     )
+
+
+def model_flops(config: RunConfig) -> TokenFlops:
+    """Of the run's model alone, wherever it would be trained.
+
+    Raises:
+        ConfigError: the model section cannot be read.
+    """
+    shape, count = _shape_and_count(config, [])
+    return count_flops(shape, count, config.batch.sequence_length)
 
 
 def layout_of(config: RunConfig, engine: str, topology: Topology, buffers: Buffers) -> Layout:
@@ -154,12 +166,23 @@ def _model_problems(
     config: RunConfig, engine: str, shape: Architecture | None, fewest: int | None
 ) -> Iterator[Problem]:
     """Why this model cannot be shared as the run wants; `fewest` micro-batches of a step, if that is known."""
+    yield from _lora_problems(config)
     yield from sequence_problems(config, shape)
     yield from pipeline_problems(config, engine, shape, fewest)
     yield from kernel_problems(config, shape)
     if shape is not None:
         yield from tensor_problems(config.parallel.tensor, shape)
         yield from expert_problems(config.parallel.expert, shape)
+
+
+def _lora_problems(config: RunConfig) -> Iterator[Problem]:
+    weights = config.model.weights
+    if config.model.lora is not None and weights is not None and not (Path(weights) / "manifest.json").is_file():
+        yield Problem(
+            f"model.lora with model.weights {weights}, which `pretrain import` did not write",
+            "an imported folder, which checkpoints of adapters name by its hash",
+            f"set model.weights to what `pretrain import {weights} --output IMPORTED` writes",
+        )
 
 
 def read_buffers(file_values: Mapping[str, Any], zero_stage: int) -> Buffers:

@@ -31,6 +31,10 @@ class PlainEngine(TorchEngine):
         self._weights = {
             model.logical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad
         }
+        if config.precision == "bf16":
+            for weight in self._model.parameters():
+                if not weight.requires_grad:
+                    weight.data = weight.data.bfloat16()
         self._masters = _MasterWeights(self._weights) if config.precision == "bf16" else None
         updated = self._masters.by_name if self._masters else self._weights
         super().__init__(config, device, model, updated.items())

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from pretrain.adapters import open_model
 from pretrain.checkpoint.fragments import MASTER, whole_box
-from pretrain.checkpoint.inspection import open_verified, select_checkpoint
 from pretrain.checkpoint.manifest import MANIFEST_NAME
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.errors import CheckpointError, Problem
@@ -55,7 +55,7 @@ def load_source(source: Path, *, dtype: torch.dtype = torch.float32, device: tor
     if is_hugging_face_folder(source):
         network = _load_exported(source, dtype=dtype, device=device)
         return LoadedModel(network=network, tokenizer=_read_tokenizer(source), origin=source)
-    with open_verified(select_checkpoint(source)) as checkpoint:
+    with open_model(source) as checkpoint:
         logger.info("reading %s", checkpoint.path)
         tokenizer = load_tokenizer(checkpoint)
         network = load_network(checkpoint, dtype=dtype, device=device)

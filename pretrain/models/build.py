@@ -6,6 +6,7 @@ Knows no engine; engines pass in how parameters are gathered.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from pretrain.config import ExecutionSection, LossSection, ModelSection
 from pretrain.models.configuration import resolve_model_config
 from pretrain.models.fused_kernels import require_liger
 from pretrain.models.initialization import Gather, initialize, no_gather
+from pretrain.models.lora import add_adapters
 from pretrain.models.training_model import TrainingModel
 from pretrain.models.weights import load_weights
 
@@ -32,7 +34,10 @@ class ModelBuilder:
         sequence_length: int,
         execution: ExecutionSection,
         loss: LossSection,
+        read_frozen: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
+        """Resolve the configuration; `read_frozen` gives the weights by name that model.lora trains beside."""
+        self._read_frozen = read_frozen
         self._section, self._seed = model_section, seed
         self._execution, self._loss = execution, loss
         if execution.kernels == "liger":
@@ -54,6 +59,9 @@ class ModelBuilder:
 
         `known_names` are those of the whole model where `model` is a part of it: a folder may hold them as well.
         """
+        if self._section.weights is not None and is_checkpoint(Path(self._section.weights)):
+            self._fill_frozen(model, gather)  # else the run restores it, as any checkpoint, rank by rank
+            return
         if self._section.weights is not None:
             load_weights(model.network, Path(self._section.weights), gather=gather, known_names=known_names)
         else:
@@ -64,7 +72,30 @@ class ModelBuilder:
         with torch.device(device):
             model = self.construct()
         self.fill(model)
+        if self._section.lora is not None:
+            add_adapters(model.network, self._section.lora, seed=self._seed)
         return model
+
+    @torch.no_grad()
+    def _fill_frozen(self, model: TrainingModel, gather: Gather) -> None:
+        if self._read_frozen is None:
+            return
+        for name, parameter in model.network.named_parameters():
+            with gather([parameter]):
+                parameter.copy_(self._read_frozen(name))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """True for what `pretrain import` wrote: weights lie there as a checkpoint's fragments."""
+    return (folder / "manifest.json").is_file()
+
+
+def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The network without memory: its names, shapes and ties."""
+    with torch.device("meta"):
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    network.tie_weights()
+    return network
 
 
 def _restore_rotary_buffers(network: PreTrainedModel) -> None:

@@ -132,7 +132,7 @@ def _watch_parts(watch: _Watch) -> None:
 
     for module, name in ((distributed, "start"), (run_parts, "open_datasets"), (run_parts, "choose_checkpoint")):
         setattr(module, name, _noted(watch, name.replace("_", " "), getattr(module, name)))
-    build = run_parts._build_engine
+    build = run_parts.build_run_engine
 
     def build_watched(*arguments: Any) -> Any:
         watch.note("build engine")
@@ -142,7 +142,7 @@ def _watch_parts(watch: _Watch) -> None:
         engine.train_step = _watched_step(watch, engine.train_step)
         return engine
 
-    run_parts._build_engine = build_watched
+    run_parts.build_run_engine = build_watched
 
 
 def _watched_step(watch: _Watch, train_step: Any) -> Any:

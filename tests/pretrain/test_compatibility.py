@@ -49,6 +49,7 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
     "liger's kernels": {"execution": {"kernels": "liger"}},
     "several processes": {},
     "a DeepSpeed file": {"parallel": {"deepspeed_config": "ds_configs/zero1.json"}},
+    "LoRA": {"model": {"preset": None, "weights": "imported", "lora": {}}},
 }
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from pretrain import export, export_check
+from pretrain import export, export_check, export_weights
 from pretrain.__main__ import run_command_line
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.errors import CheckpointError, ConfigError
@@ -142,13 +144,13 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
 
 def test_a_wrong_tensor_is_found_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "run", build_network("llama"))
-    write = export._write_shard
+    write = export_weights._write_shard
 
-    def damaging(checkpoint: Checkpoint, path: Path, names: list[str], dtype: export.StoredType) -> None:
-        write(checkpoint, path, names, dtype)
+    def damaging(checkpoint: Checkpoint, path: Path, *words: Any) -> None:
+        write(checkpoint, path, *words)
         flip_byte(path, -1)
 
-    monkeypatch.setattr(export, "_write_shard", damaging)
+    monkeypatch.setattr(export_weights, "_write_shard", damaging)
     with pytest.raises(CheckpointError, match="is not what the checkpoint holds"):
         export_source(tmp_path / "run", tmp_path / "out")
     monkeypatch.setattr(export, "check_tensors", lambda *_: None)  # then the logits must tell
@@ -159,14 +161,14 @@ def test_a_wrong_tensor_is_found_and_nothing_is_left(tmp_path: Path, monkeypatch
 
 def test_a_wrong_configuration_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "run", build_network("llama"))
-    card = export._model_card
+    card = export.model_card
 
-    def damaging(checkpoint: Checkpoint, name: str, dtype: export.StoredType) -> str:
+    def damaging(checkpoint: Checkpoint, name: str, types: Mapping[str, str]) -> str:
         file = tmp_path / f".staging-{name}" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.1}))
-        return card(checkpoint, name, dtype)
+        return card(checkpoint, name, types)
 
-    monkeypatch.setattr(export, "_model_card", damaging)
+    monkeypatch.setattr(export, "model_card", damaging)
     with pytest.raises(CheckpointError, match="logits of the exported model differ"):
         export_source(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -186,7 +188,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def failing(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_shard", failing)
+    monkeypatch.setattr(export_weights, "_write_shard", failing)
     with pytest.raises(CheckpointError, match="No space left"):
         export_source(tmp_path / "run", tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run"]

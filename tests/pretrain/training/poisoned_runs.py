@@ -24,7 +24,7 @@ from tests.pretrain.engines.cases import poison_next_forward
 
 def train(path: str, overrides: list[str], poisoned: Sequence[Sequence[int]], resume: str = "auto") -> int:
     """Train a run on the ranks of this group; rows that begin like a poisoned one are poison. Returns the last step."""
-    original = run_parts._build_engine
+    original = run_parts.build_run_engine
     place = distributed.read_place()
     config, plan = load_and_plan(Path(path), overrides, place.world_size)
     (config.folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def train(path: str, overrides: list[str], poisoned: Sequence[Sequence[int]], re
         _poison(engine, {tuple(row) for row in poisoned})
         return engine
 
-    run_parts._build_engine = build
+    run_parts.build_run_engine = build
     try:
         stop = StopRequest(distributed.any_rank)
         with hold_run_folder(config.folder) as is_ours:
@@ -43,7 +43,7 @@ def train(path: str, overrides: list[str], poisoned: Sequence[Sequence[int]], re
             )
             return train_parts(parts, checkpoint).step
     finally:
-        run_parts._build_engine = original
+        run_parts.build_run_engine = original
 
 
 def _poison(engine: Any, poisoned: set[tuple[int, ...]]) -> None:
