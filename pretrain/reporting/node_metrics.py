@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.reporting.tracker_state import MLFLOW_RUN_ID, RUN_KEY, read_tracker_state
+from pretrain.reporting.worker import reason_of
 
 if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -58,15 +59,18 @@ class NodeMetrics:
         self._thread.join(max(0.0, timeout_seconds))
 
     def _watch(self) -> None:
+        is_told = False
         while not self._ended.wait(LOOK_SECONDS):
             state = read_tracker_state(self._run_folder)
-            if MLFLOW_RUN_ID in state and RUN_KEY in state:
-                break
-        else:
-            return
-        try:
-            monitor = watch_node(state[MLFLOW_RUN_ID], self._resolve_uri(), self._node_id)
+            if MLFLOW_RUN_ID not in state or RUN_KEY not in state:
+                continue
+            try:
+                monitor = watch_node(state[MLFLOW_RUN_ID], self._resolve_uri(), self._node_id)
+            except Exception as error:  # whatever a client library raises must not reach training
+                if not is_told:
+                    logger.warning("mlflow takes no metrics of %s yet (%s)", self._node_id, reason_of(error))
+                is_told = True
+                continue
             self._ended.wait()
             monitor.finish()
-        except Exception as error:  # whatever a client library raises must not reach training
-            logger.warning("mlflow gets no metrics of %s (%s)", self._node_id, type(error).__name__)
+            return

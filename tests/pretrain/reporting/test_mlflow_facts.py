@@ -136,6 +136,6 @@ def test_alerts_become_tags(make_config: MakeConfig, tmp_path: Path, caplog: pyt
     tags = client(tmp_path).get_run(run_id).data.tags  # type: ignore[attr-defined]
     assert tags["athanor.alert.spike"] == "step 9: loss 12"
     assert tags["athanor.alert.slow_rank"] == "step 8: rank 3"
-    state = {"run_key": "nobody's"}
+    state = {"run_key": "of-nobody"}
     AlertFeed("tiny", [to_mlflow_tags(mlflow_identity(history, state))]).tell([Alert("spike", 7, "loss 9")])
     assert "MLflow does not know the run yet" in caplog.text
