@@ -71,6 +71,7 @@ class NodeMetrics:
                     logger.warning("mlflow takes no metrics of %s yet (%s)", self._node_id, reason_of(error))
                 is_told = True
                 continue
-            self._ended.wait()
+            # MLflow's thread ends at its first failure, and where the run has ended: another start of it may come
+            while monitor._process.is_alive() and not self._ended.wait(LOOK_SECONDS):
+                pass
             monitor.finish()
-            return

@@ -18,7 +18,7 @@ from pretrain.monitoring.run_history import RunHistory
 from pretrain.monitoring.tracked_names import mlflow_identity, tracker_state_of
 from pretrain.reporting import node_metrics
 from pretrain.reporting.node_metrics import NodeMetrics
-from pretrain.reporting.reporter import build_reporter
+from pretrain.reporting.reporter import Reporter, build_reporter
 from pretrain.reporting.run_facts import RunFacts, environment_facts, git_facts
 from pretrain.reporting.tracker_state import child_state, read_tracker_state
 
@@ -103,12 +103,21 @@ def test_another_node_writes_its_metrics_into_the_same_run(
     monkeypatch.setattr(node_metrics, "LOOK_SECONDS", 0.05)
     folder, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
     node = NodeMetrics(folder, lambda: uri, "node-1")  # before the run is known
-    run_id = reported(make_config(mlflow=True), folder, nodes=2)
-    deadline = time.monotonic() + 120
-    while not any(name.startswith("system/node-1/cpu") for name in client(tmp_path).get_run(run_id).data.metrics):  # type: ignore[attr-defined]
-        assert time.monotonic() < deadline, "no metric of the other node"
-        time.sleep(0.2)
+    reporter = build_reporter(
+        make_config(mlflow=True), folder, is_main_process=True, resume_from=None, tracker_state={}, nodes=2
+    )
+    reporter.report(1, {"loss": 1.0})
+    deadline, names = time.monotonic() + 240, ("system/node-0/cpu", "system/node-1/cpu")
+    while not all(any(metric.startswith(name) for metric in metrics_of_run(reporter, tmp_path)) for name in names):
+        assert time.monotonic() < deadline, "a node is missing"
+        time.sleep(0.3)
     node.close(timeout_seconds=60)
+    reporter.close(timeout_seconds=240)
+
+
+def metrics_of_run(reporter: Reporter, tmp_path: Path) -> list[str]:
+    run_id = reporter.tracker_state().get("mlflow_run_id")
+    return list(client(tmp_path).get_run(run_id).data.metrics) if run_id else []  # type: ignore[attr-defined]
 
 
 def test_an_exported_model_becomes_a_version_that_knows_its_run(make_config: MakeConfig, tmp_path: Path) -> None:
