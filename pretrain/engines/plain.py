@@ -32,7 +32,7 @@ class PlainEngine(TorchEngine):
             model.logical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad
         }
         if config.precision == "bf16":
-            for weight in self._model.parameters():
+            for weight in model.parameters():
                 if not weight.requires_grad:
                     weight.data = weight.data.bfloat16()
         self._masters = _MasterWeights(self._weights) if config.precision == "bf16" else None
