@@ -43,7 +43,14 @@ class Tripled:
         found = getattr(self._checkpoint, name)
         if not name.startswith("read"):
             return found
+        if name == "read_into":
+            return self._fill
         return lambda *place: found(*place) * (3 if place[1] == MASTER else 1)
+
+    def _fill(self, target: torch.Tensor, name: str, kind: str, *place: Any) -> None:
+        self._checkpoint.read_into(target, name, kind, *place)
+        with torch.no_grad():
+            target.mul_(3 if kind == MASTER else 1)
 
 
 def canary_of(engine: Engine, case: Case) -> Canary:
