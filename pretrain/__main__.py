@@ -5,6 +5,7 @@ Importing this file imports no torch; what a command needs is imported inside it
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from pretrain.evaluation_commands import evaluate, quantize
 from pretrain.inference.command_line import generate
 from pretrain.planning.command_line import plan
 
@@ -45,6 +47,8 @@ checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_i
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(plan)
 app.command()(generate)
+app.command()(evaluate)
+app.command()(quantize)
 
 
 @app.command()
@@ -225,26 +229,6 @@ def track(
 
 
 @app.command()
-def evaluate(
-    source: Source,
-    data: Annotated[Path | None, typer.Option(help="A packed dataset; default: the run's validation sets.")] = None,
-    split: Annotated[str, typer.Option(help="Which split of that dataset.")] = "validation",
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of each set; default: all.")] = None,
-) -> None:
-    """Measure loss and perplexity.
-
-    On one rank, or under a launcher on several.
-    """
-    from pretrain import run as composition
-
-    for measured in composition.evaluate(source, data, split, max_rows):
-        line = f"{measured.name}  loss {measured.loss:.4f} nats/token  perplexity {measured.perplexity:,.2f}"
-        entropy = measured.unigram_entropy
-        known = "" if entropy is None else f"  unigram entropy {entropy:.4f}"
-        typer.echo(f"{line}  targets {measured.targets:,}{known}")
-
-
-@app.command()
 def export(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
@@ -364,6 +348,8 @@ def run_command_line(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors of the user are printed once, on stderr."""
     from pretrain.errors import Preempted, PretrainError
 
+    for chatty in ("torchao", "torch.utils._pytree"):  # on kernels that are not for this machine, at every import
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         code = app(args=_without_launcher_argument(arguments), prog_name="pretrain", standalone_mode=False)
     except PretrainError as error:

@@ -209,7 +209,10 @@ class CheckpointSection(Section):
     canary: bool = True  # keep the loss of a few rows, and refuse to go on where it is another after loading
     keep_last: int = Field(default=3, ge=1)
     keep_every_steps: int | None = Field(default=None, gt=0)  # keep all checkpoints of these steps; null: of none
-    keep_best: int = Field(default=1, ge=0)  # by the first validation set's loss
+    keep_best: int = Field(default=1, ge=0)  # by best_metric
+    # its name in metrics.jsonl, such as tasks/NAME/acc; for early stopping as well; null: first validation set's loss
+    best_metric: str | None = None
+    best_mode: Literal["min", "max"] | None = None  # null: min for losses, perplexities and bits per byte, else max
     local_folder: str | None = None  # on this node's own disk, instead of the run folder; one node only
     durable: str | None = None  # folder or URL (s3://...) of this run alone for copies; null: none, or the run folder
     durable_every_steps: int | None = Field(default=None, gt=0)  # null: only the last checkpoint is copied
@@ -230,7 +233,21 @@ class EvaluationSection(Section):
 
     every_steps: int | None = Field(default=None, gt=0)  # null: only at the end
     max_rows: int | None = Field(default=None, gt=0)  # rows of each set; null: all of it
-    early_stopping_patience: int | None = Field(default=None, gt=0)  # evaluations without a better loss
+    early_stopping_patience: int | None = Field(default=None, gt=0)  # evaluations without a better best_metric
+    tasks: list[str] = Field(default_factory=list)  # of lm-evaluation-harness (extra eval), or task files
+    task_folder: str | None = None  # of task files; they may run code that lies beside them
+    tasks_every_steps: int | None = Field(default=None, gt=0)  # null: whenever there is validation
+    task_documents: int | None = Field(default=None, gt=0)  # the first ones of each task; null: all
+    task_shots: int | None = Field(default=None, ge=0)  # examples before each question; null: as the task says
+
+    @classmethod
+    def contradictions(cls, given: Mapping[str, Any]) -> Iterator[Problem]:
+        """See Section."""
+        others = ("task_folder", "tasks_every_steps", "task_documents", "task_shots")
+        useless = [f"evaluation.{key}" for key in others if given.get(key) is not None]
+        if useless and not given.get("tasks"):
+            change = "add, for example, evaluation.tasks=[corpus_completion], or leave them out"
+            yield Problem(f"{', '.join(useless)} without a task", "evaluation.tasks beside them", change)
 
 
 class ReportingSection(Section):

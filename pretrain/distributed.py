@@ -217,6 +217,16 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
+def gather_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows (rows, columns) below each other, by rank, on every rank, however many each has. Collective."""
+    if not is_distributed():
+        return matrix
+    counts = all_gather(torch.tensor(len(matrix))).tolist()
+    padded = matrix.new_zeros((max(counts), *matrix.shape[1:]))
+    padded[: len(matrix)] = matrix
+    return torch.cat([part[:count] for part, count in zip(all_gather(padded), counts, strict=True)])
+
+
 def any_rank(claim: bool) -> bool:
     """True on all ranks where it is true on at least one. Collective; hosts wait for each other, not for a GPU."""
     return bool(largest(int(claim)))

@@ -8,16 +8,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-
 from pretrain import distributed
 from pretrain.accelerate_request import read_accelerate_request
-from pretrain.checkpoint.inspection import open_verified, select_checkpoint
 from pretrain.checkpoint.run_lock import hold_run_folder
 from pretrain.config import RunConfig
 from pretrain.distributed import Place
-from pretrain.inference.evaluate import Measured, evaluate_source
-from pretrain.inference.load import is_hugging_face_folder
 from pretrain.logs import start_logging
 from pretrain.reporting.wandb_destination import require_wandb
 from pretrain.run_parts import open_parts
@@ -71,30 +66,3 @@ def _wishes_to_stop(config: RunConfig, phases: Phases, time_limit_seconds: int |
     environment, margin = distributed.environment(), config.guard.stop_margin_seconds
     limits = find_time_limits(time_limit_seconds, environment, launched_at=distributed.job_launched_at(environment))
     return [stop_file_wish(config.folder), time_limit_wish(limits, phases, margin_seconds=margin)]
-
-
-def evaluate(source: Path, data: Path | None, split: str, max_rows: int | None) -> list[Measured]:
-    """Measure a model on one split of a dataset, or on its run's validation sets; empty on all ranks but the first."""
-    place = distributed.read_place()
-    distributed.start(place)
-    try:
-        results = _evaluate(source, data, split, max_rows, place.device)
-    finally:
-        distributed.stop()
-    return results if place.is_main_process else []
-
-
-def _evaluate(
-    source: Path, data: Path | None, split: str, max_rows: int | None, device: torch.device
-) -> list[Measured]:
-    run = None if is_hugging_face_folder(source) else open_verified(select_checkpoint(source)).manifest.metadata
-    if run is not None and "run_config" not in run:  # an imported model
-        run = None
-    if data is not None:
-        datasets = {data.name: str(data / split if (data / split).is_dir() else data)}
-    else:
-        datasets = run["run_config"]["data"]["validation"] if run else {}
-    length = run["run_config"]["batch"]["sequence_length"] if run else None
-    cache = run["run_config"]["data"].get("cache") if run else None
-    measured = evaluate_source(source, datasets, device=device, sequence_length=length, max_rows=max_rows, cache=cache)
-    return list(measured)

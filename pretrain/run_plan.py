@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pretrain.batch_plan import BatchPlan, build_batch_plan
+from pretrain.best_metric import best_metric_problems
 from pretrain.compatibility import choose_engine, find_conflicts
 from pretrain.config import ParallelSection, RunConfig, load_config
 from pretrain.data.mixture_plan import mixture_problems
@@ -78,7 +79,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     Raises:
         ConfigError: with every problem of the model, the batch, the layout, the DeepSpeed file and their combination.
     """
-    problems = [*find_conflicts(config, world_size), *mixture_problems(config.data)]
+    problems = [*find_conflicts(config, world_size), *mixture_problems(config.data), *best_metric_problems(config)]
     engine, parallel, length = choose_engine(config, world_size), config.parallel, config.batch.sequence_length
     warnings = list(_missing_folders(config))
     topology = _attempt(problems, lambda: _lay_out(parallel, world_size))

@@ -6,6 +6,7 @@ Part of the composition root (run.py). What a step is and when to save is traini
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from pretrain.run_metrics import SourceValues, build_meter
 from pretrain.run_parts import RunParts, build_run_canary, restore_run, stored_metadata
 from pretrain.run_reporter import build_run_reporter
 from pretrain.run_rows import samples_of, validation_sets
+from pretrain.run_tasks import build_tasks
 from pretrain.training import incidents
 from pretrain.training.guard import Guard
 from pretrain.training.health import RankHealth
@@ -60,9 +62,10 @@ def train_parts(parts: RunParts, checkpoint: Checkpoint | None) -> Progress:
 def _run_to_the_end(parts: RunParts, progress: Progress, checkpoint: Checkpoint | None) -> Progress:
     """Train, and go back to the last good checkpoint as often as the guard asks for it and may."""
     timeline = Timeline.of(parts.store, checkpoint)
+    tasks = build_tasks(parts)
     while True:
         try:
-            return _run_from(parts, progress, checkpoint)
+            return _run_from(parts, progress, checkpoint, tasks)
         except RollBack as wish:
             parts, checkpoint = _roll_back(parts, timeline, wish)
             progress = Progress.from_json(checkpoint.manifest.progress)
@@ -105,7 +108,12 @@ def _roll_back(parts: RunParts, timeline: Timeline, wish: RollBack) -> tuple[Run
     return replace(parts, rows=rows), checkpoint
 
 
-def _run_from(parts: RunParts, progress: Progress, checkpoint: Checkpoint | None) -> Progress:
+def _run_from(
+    parts: RunParts,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+    tasks: Callable[[], Mapping[str, float]] | None,
+) -> Progress:
     """Train from where the engine stands to the end, with reports and rows that go on there."""
     config, plan = parts.config, parts.plan
     outcome: Outcome = "failed"
@@ -148,6 +156,7 @@ def _run_from(parts: RunParts, progress: Progress, checkpoint: Checkpoint | None
             ledger=parts.ledger,
             health=RankHealth(config.guard, parts.engine),
             sources=SourceValues(parts) if parts.place.is_main_process else None,
+            tasks=tasks,
         )
         try:
             progress = loop.run(progress, closing.enter_context(loader))

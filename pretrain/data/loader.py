@@ -118,7 +118,7 @@ def evaluation_batches(
         DataError: a row cannot be read.
     """
     row_count = source.rows if max_rows is None else min(source.rows, max_rows)
-    for own in _rounds(row_count, micro_batch_size, rank, data_parallel_size):
+    for own in rank_rounds(row_count, micro_batch_size, rank, data_parallel_size):
         rows = [source.row(index) for index in own]
         rows += [empty_row(source.sequence_length)] * (micro_batch_size - len(rows))
         yield build_micro_batch(rows, source.sequence_length)
@@ -137,7 +137,7 @@ def order_batches(
     Raises:
         DataError: a row cannot be read.
     """
-    for own in _rounds(len(places), micro_batch_size, rank, data_parallel_size):
+    for own in rank_rounds(len(places), micro_batch_size, rank, data_parallel_size):
         read = (
             rows.read(rows.locate_in_order(np.array([places[number] for number in own], dtype=np.int64))) if own else []
         )
@@ -145,7 +145,7 @@ def order_batches(
         yield build_micro_batch(read, rows.sequence_length)
 
 
-def _rounds(count: int, micro_batch_size: int, rank: int, data_parallel_size: int) -> Iterator[range]:
+def rank_rounds(count: int, micro_batch_size: int, rank: int, data_parallel_size: int) -> Iterator[range]:
     """Places of this rank's rows, one range a micro-batch; the last one may be short, or empty."""
     for start in range(0, count, micro_batch_size * data_parallel_size):
         first = start + rank * micro_batch_size

@@ -87,13 +87,19 @@ class _Wanted:
 
 
 def open_datasets(
-    data: DataSection, *, sequence_length: int, vocabulary_size: int, check_hashes: bool | None = None
+    data: DataSection,
+    *,
+    sequence_length: int,
+    vocabulary_size: int,
+    check_hashes: bool | None = None,
+    keeps_packed_length: bool = False,
 ) -> OpenedData:
     """Open the training sources and validation sets; every rank must call where some are behind URLs.
 
     Args:
         data: what to open.
         sequence_length: tokens of a row.
+        keeps_packed_length: packed datasets are read as they were packed, whatever `sequence_length` says.
         vocabulary_size: of the model; it may be larger than the datasets'.
         check_hashes: read every byte and compare; default: as `data.verify` says. One rank of a node is enough.
 
@@ -109,7 +115,9 @@ def open_datasets(
     for source in wanted:
         try:
             local = replace(source, path=staged.local(source.path))
-            opened[source.place] = _open(local, sequence_length, check_hashes=check_hashes)
+            opened[source.place] = _open(
+                local, sequence_length, check_hashes=check_hashes, keeps_packed_length=keeps_packed_length
+            )
         except DataError as error:
             problems += error.problems
     problems += _vocabulary_problems(opened, vocabulary_size)
@@ -154,10 +162,14 @@ def _validation_sets(data: DataSection) -> Iterator[_Wanted]:
         yield _Wanted(place=f"data.validation.{name}", name=name, path=path, split="validation")
 
 
-def _open(source: _Wanted, sequence_length: int, *, check_hashes: bool) -> OpenedSource:
+def _open(
+    source: _Wanted, sequence_length: int, *, check_hashes: bool, keeps_packed_length: bool = False
+) -> OpenedSource:
     try:
         folder = find_split(source.path, source.split)
         dataset = open_dataset(folder)
+        if keeps_packed_length:
+            sequence_length = dataset.sequence_length or sequence_length
         rows = dataset.row_count(sequence_length)
         faults = verify_dataset(folder) if check_hashes else []
     except ShardError as error:

@@ -108,7 +108,7 @@ class LossHead(nn.Module):
         """Hidden states (B, T, H) to a scalar."""
         _, batch = self._feed.take("head")
         sums: tuple[torch.Tensor, torch.Tensor] = self.head(
-            hidden.flatten(0, -2), batch.labels.flatten(), batch.target_count
+            hidden.flatten(0, -2), batch.labels.flatten(), batch.target_count, scores=batch.scores
         )
         return self._feed.objective(sums)
 

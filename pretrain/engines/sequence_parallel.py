@@ -69,6 +69,7 @@ class SequenceParallel:
             labels=labels,
             position_ids=batch.position_ids[:, part],
             target_count=int((labels != IGNORED_LABEL).sum()),
+            scores=batch.scores and replace(batch.scores, owners=batch.scores.owners[:, part]),
         )
 
     def close(self) -> None:

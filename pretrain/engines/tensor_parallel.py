@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from pretrain.models.batch import TargetScores
 from pretrain.models.loss import OutputHead, VocabularyShare
 from pretrain.models.sharding import SHARD, Shard, even_share
 from pretrain.models.source_losses import TokenSources
@@ -164,10 +165,11 @@ class VocabularyHead(OutputHead):
         labels: torch.Tensor | None = None,
         target_count: int = 0,
         sources: TokenSources | None = None,
+        scores: TargetScores | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See OutputHead.forward; logits are not given."""
         assert labels is not None, "a cut head gives losses only"
-        return super().forward(_apply(_Copy, hidden, self.ranks), labels, target_count, sources)
+        return super().forward(_apply(_Copy, hidden, self.ranks), labels, target_count, sources, scores)
 
 
 def split_model(model: TrainingModel, ranks: TensorRanks) -> None:

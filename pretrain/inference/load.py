@@ -28,6 +28,7 @@ from pretrain.checkpoint.fragments import MASTER, whole_box
 from pretrain.checkpoint.manifest import MANIFEST_NAME
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.errors import CheckpointError, Problem
+from pretrain.inference.quantized_folder import is_quantized_folder, load_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def load_source(source: Path, *, dtype: torch.dtype = torch.float32, device: tor
     """
     if is_hugging_face_folder(source):
         network = _load_exported(source, dtype=dtype, device=device)
-        return LoadedModel(network=network, tokenizer=_read_tokenizer(source), origin=source)
+        return LoadedModel(network=network, tokenizer=read_tokenizer(source), origin=source)
     with open_model(source) as checkpoint:
         logger.info("reading %s", checkpoint.path)
         tokenizer = load_tokenizer(checkpoint)
@@ -128,7 +129,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 "set data.tokenizer in the run's configuration, or copy the tokenizer there",
             )
         )
-    tokenizer = _read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     rows = checkpoint.manifest.metadata["model_config"]["vocab_size"]
     if len(tokenizer) > rows:
         raise CheckpointError(
@@ -141,7 +142,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
     tokenizer: PreTrainedTokenizerBase
     if (folder / TOKENIZER_CONFIG_FILE).is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -156,6 +162,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _load_exported(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
     """Load a Hugging Face folder; transformers only warns of missing weights, here they are an error."""
+    if is_quantized_folder(folder):
+        return load_quantized(folder, dtype=dtype, device=device)
     network, report = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,

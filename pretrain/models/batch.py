@@ -10,6 +10,18 @@ IGNORED_LABEL = -100  # a position without a target
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetScores:
+    """Where forwards without gradients add up what they find for each owner of targets: a document, or a question."""
+
+    owners: torch.Tensor  # (B, T) int64: whose each label is; any number where there is no target
+    sums: torch.Tensor  # (owners, 2) float64, added to: loss (nats), and targets that are not the likeliest token
+
+    def add(self, owners: torch.Tensor, losses: torch.Tensor, is_likeliest: torch.Tensor) -> None:
+        """Add so many targets, each (N,), wherever in the micro-batch they are."""
+        self.sums.index_add_(0, owners, torch.stack((losses.double(), (~is_likeliest).double()), -1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Rows of packed documents.
 
@@ -26,6 +38,7 @@ class Batch:
     target_count: int  # labels that are not IGNORED_LABEL
     sources: torch.Tensor | None = None  # (B,) int64: of each row in a mixture, its source's place; none: there is one
     source_count: int = 0
+    scores: TargetScores | None = None  # null: the sums over all targets are enough
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors to a device without waiting for it."""
@@ -36,4 +49,5 @@ class Batch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             cumulative_lengths=self.cumulative_lengths.to(device, non_blocking=True),
             sources=None if self.sources is None else self.sources.to(device, non_blocking=True),
+            scores=self.scores and replace(self.scores, owners=self.scores.owners.to(device, non_blocking=True)),
         )

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pretrain.models.batch import IGNORED_LABEL
+from pretrain.models.batch import IGNORED_LABEL, TargetScores
 from pretrain.models.source_losses import TokenSources
 
 CPU_BLOCK_ELEMENTS = 1 << 21  # fp32 numbers: measured best of 2^19 to 2^25 on a CPU with 1 MiB of L2 a core
@@ -65,6 +65,7 @@ class OutputHead(nn.Linear):
         labels: torch.Tensor | None = None,
         target_count: int = 0,
         sources: TokenSources | None = None,
+        scores: TargetScores | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits (..., V), or with labels (N,) for hidden (N, H) the sums (cross-entropy, logsumexp squared), fp32.
 
@@ -76,9 +77,12 @@ class OutputHead(nn.Linear):
             labels: IGNORED_LABEL where there is no target; those rows cost nothing.
             target_count: labels that are not IGNORED_LABEL; stated, so that the device need not tell the host.
             sources: of the N tokens, where their losses are counted by source as well.
+            scores: where each target's loss is added as well; there are no gradients then.
         """
         if labels is None:
             return F.linear(hidden, self.weight, self.bias)
+        if scores is not None:
+            return self._score(hidden, labels, scores)
         if target_count < labels.numel():
             chosen = torch.nonzero_static(labels != IGNORED_LABEL, size=target_count).squeeze(-1)
             hidden, labels = hidden[chosen], labels[chosen]
@@ -97,12 +101,53 @@ class OutputHead(nn.Linear):
         )
         return sums
 
+    @torch.no_grad()
+    def _score(
+        self, hidden: torch.Tensor, labels: torch.Tensor, scores: TargetScores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sums = hidden.new_zeros(2, dtype=torch.float32)
+        chosen = torch.nonzero(labels != IGNORED_LABEL).squeeze(-1)
+        for places in torch.split(chosen, self.chunk_tokens):
+            logits = F.linear(hidden[places], self.weight, self.bias).float()
+            sums += score_targets(logits, labels[places], scores.owners.flatten()[places], scores, self.share)
+        return sums[0], sums[1]
+
+
+def score_targets(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    owners: torch.Tensor,
+    scores: TargetScores,
+    share: VocabularyShare | None = None,
+) -> torch.Tensor:
+    """Add targets (N,) with fp32 logits (N, V) to the scores of their owners (N,); the two sums (2,) of all of them."""
+    largest = logits.amax(-1)
+    rows = targets if share is None else targets - share.start
+    is_here = (rows >= 0) & (rows < logits.shape[-1])
+    of_target = logits.gather(-1, rows.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1) * is_here
+    if share is not None:
+        largest = share.largest(largest)
+    total = (logits - largest.unsqueeze(-1)).exp().sum(-1)
+    if share is not None:
+        total, of_target = share.total(torch.stack((total, of_target)))
+    logsumexp = largest + total.log()
+    losses = logsumexp - of_target
+    scores.add(owners, losses, of_target >= largest)
+    return torch.stack((losses.sum(), logsumexp.square().sum()))
+
 
 def full_logits_loss(
-    logits: torch.Tensor, labels: torch.Tensor, sources: TokenSources | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    sources: TokenSources | None = None,
+    scores: TargetScores | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same two sums from the whole logits (N, V), through autograd, for families whose head does more."""
     logits = logits.float()
+    if scores is not None:
+        places = torch.nonzero(labels != IGNORED_LABEL).squeeze(-1)
+        sums = score_targets(logits[places], labels[places], scores.owners.flatten()[places], scores)
+        return sums[0], sums[1]
     if sources:
         with torch.no_grad():
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")

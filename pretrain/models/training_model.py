@@ -93,12 +93,12 @@ class TrainingModel(nn.Module):
         if not self._has_fused_loss:
             with known_packing(batch):
                 logits = self.network(**inputs, use_cache=False).logits
-            return full_logits_loss(logits.flatten(0, -2), labels, sources)
+            return full_logits_loss(logits.flatten(0, -2), labels, sources, scores=batch.scores)
         watched = {"output_router_logits": True} if self.routers and self.training else {}
         with known_packing(batch):
             output = self.network.base_model(**inputs, use_cache=False, **watched)
         head = self.network.get_output_embeddings()
-        loss, squared = head(output[0].flatten(0, -2), labels, batch.target_count, sources)
+        loss, squared = head(output[0].flatten(0, -2), labels, batch.target_count, sources, scores=batch.scores)
         if self.routers and watched:
             loss = loss + self.routers.watch(output.router_logits, batch.target_count)
         return loss, squared

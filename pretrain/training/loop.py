@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pretrain.batch_plan import BatchPlan
+from pretrain.best_metric import BestMetric, best_metric_of
 from pretrain.config import RunConfig
 from pretrain.engines.base import Engine, StepResult
 from pretrain.errors import Preempted
@@ -56,6 +57,7 @@ class TrainingLoop:
     ledger: GoodputLedger
     health: RankHealth
     sources: SourceLines | None = None  # what lines tell of them; null on ranks that report nothing
+    tasks: Callable[[], Mapping[str, float]] | None = None  # values of evaluation.tasks; nothing where they failed
 
     def run(self, progress: Progress, steps: Iterator[Sequence[Batch]]) -> Progress:
         """Train until the last step, an early stop, or a request to stop.
@@ -71,6 +73,7 @@ class TrainingLoop:
             ReplicaError: where ranks that must hold the same state do not.
             StorageError: where the last save of the run failed.
         """
+        progress = progress.judged_by(self._best_metric)
         first_step = progress.step + 1
         while not self._is_finished(progress):
             step = progress.step + 1
@@ -79,8 +82,7 @@ class TrainingLoop:
             with self.meter.paused():
                 self.health.look(progress.step)
                 self.saves.tell(progress)
-            if self._is_due(self.config.evaluation.every_steps, progress) or self._is_finished(progress):
-                progress = self._evaluate(progress)
+            progress = self._evaluate(progress)
             self.phases.doing("agreeing")
             is_stopping = self.stop.is_agreed()
             is_best = progress.best_step == progress.step and self.config.checkpoint.keep_best > 0
@@ -147,17 +149,37 @@ class TrainingLoop:
         return progress
 
     def _evaluate(self, progress: Progress) -> Progress:
-        """Every validation set; the first one's loss decides what is best."""
+        """What is due: every validation set, and the tasks; one metric of them decides what is best."""
+        section, is_last = self.config.evaluation, self._is_finished(progress)
+        validates = is_last or self._is_due(section.every_steps, progress)
+        asks = self.tasks is not None and (
+            is_last or self._is_due(section.tasks_every_steps or section.every_steps, progress)
+        )
+        if not validates and not asks:
+            return progress
         with self.phases.inside("evaluation"), self.meter.paused():
-            losses = []
-            for name, micro_batches in self.validation.items():
+            values: dict[str, float] = {}
+            for name, micro_batches in self.validation.items() if validates else ():
+                self.phases.doing(f"validation set {name}")
                 result = self.engine.evaluate(micro_batches())
                 loss = result.loss_sum / max(1, result.target_count)
-                losses.append(loss)
-                values = {f"validation/{name}/loss": loss, f"validation/{name}/perplexity": perplexity(loss)}
+                found = {f"validation/{name}/loss": loss, f"validation/{name}/perplexity": perplexity(loss)}
                 further = self.sources.of_validation(name, loss) if self.sources else {}
-                self.reporter.report(progress.step, values | further)
-            return progress.after_evaluation(losses[0]) if losses else progress
+                self.reporter.report(progress.step, found | further)
+                values |= found
+            if asks and self.tasks is not None:
+                self.phases.doing("tasks")
+                found = dict(self.tasks())
+                self.reporter.report(progress.step, found)
+                values |= found
+        metric = self._best_metric
+        if metric is None or metric.name not in values:
+            return progress
+        return progress.after_evaluation(values[metric.name], metric)
+
+    @property
+    def _best_metric(self) -> BestMetric | None:
+        return best_metric_of(self.config)
 
     def _save(self, progress: Progress, *, is_best: bool) -> Progress:
         with self.phases.inside("save"), self.meter.paused():

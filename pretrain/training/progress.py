@@ -6,12 +6,19 @@ Holds no tensors and no device state (checkpoint/), and decides nothing (guard.p
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.best_metric import BestMetric
 from pretrain.errors import CheckpointError, Problem
+
+logger = logging.getLogger(__name__)
+
+EARLIER_METRIC = "validation/[^/]+/loss"  # of the first set: what versions went by that named no metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +29,9 @@ class Progress:
     samples_consumed: int = 0  # rows of the sample order without the skipped windows: the only state of the data
     tokens_seen: int = 0  # rows x sequence length, over all ranks
     skipped_steps: int = 0  # steps whose gradient was not finite or a spike, and left every weight as it was
-    best_validation_loss: float | None = None  # nats per token, first validation set; null: none yet
-    best_step: int | None = None  # the step of that loss
+    best_metric: str = ""  # name of what best_value is a value of; empty: not known yet
+    best_value: float | None = None  # null: none yet
+    best_step: int | None = None  # the step of that value
     evaluations_without_improvement: int = 0  # since the best one
     skipped_windows: tuple[tuple[int, int], ...] = ()  # [first, end) of the sample order, left out after rollbacks
 
@@ -40,12 +48,21 @@ class Progress:
         """So many of the steps already counted turned out to be skipped (they are read late, see guard.py)."""
         return dataclasses.replace(self, skipped_steps=self.skipped_steps + count)
 
-    def after_evaluation(self, loss: float) -> Progress:
-        """One more evaluation. A loss that is not finite is never the best."""
-        if math.isfinite(loss) and (self.best_validation_loss is None or loss < self.best_validation_loss):
-            return dataclasses.replace(
-                self, best_validation_loss=loss, best_step=self.step, evaluations_without_improvement=0
-            )
+    def judged_by(self, metric: BestMetric | None) -> Progress:
+        """The same, ready for values of this metric: what was best by another one says nothing of it."""
+        if metric is None or self.best_metric == metric.name:
+            return self
+        if not self.best_metric and (self.best_value is None or re.fullmatch(EARLIER_METRIC, metric.name)):
+            return dataclasses.replace(self, best_metric=metric.name)  # a fresh start, or an earlier version's only one
+        logger.warning("best by %s from now on, and no longer by %s: counted anew", metric.name, self.best_metric)
+        return dataclasses.replace(
+            self, best_metric=metric.name, best_value=None, best_step=None, evaluations_without_improvement=0
+        )
+
+    def after_evaluation(self, value: float, metric: BestMetric) -> Progress:
+        """One more value of the metric. One that is not finite is never the best."""
+        if math.isfinite(value) and (self.best_value is None or metric.is_better(value, self.best_value)):
+            return dataclasses.replace(self, best_value=value, best_step=self.step, evaluations_without_improvement=0)
         return dataclasses.replace(self, evaluations_without_improvement=self.evaluations_without_improvement + 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -60,7 +77,9 @@ class Progress:
             CheckpointError: where a number is missing, unknown or not a number.
         """
         known = {field.name: field.default for field in dataclasses.fields(cls)}
-        values = {"skipped_windows": [], **values}  # earlier versions knew none
+        values = {"skipped_windows": [], "best_metric": "", **values}  # earlier versions knew none
+        if "best_validation_loss" in values:  # an earlier version's only metric
+            values["best_value"] = values.pop("best_validation_loss")
         wrong = sorted(known.keys() ^ values.keys())
         wrong += [name for name in known.keys() & values.keys() if not _fits(values[name], known[name])]
         if wrong:
@@ -80,6 +99,8 @@ def _fits(value: object, default: object) -> bool:
         return False
     if default == ():
         return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    if isinstance(default, str):
+        return isinstance(value, str)
     if default is None:
         return value is None or isinstance(value, (int, float))
     return isinstance(value, int) and value >= 0

@@ -43,8 +43,11 @@ class ScriptedEngine(PlainEngine):
         return EvaluationResult(loss_sum=next(self.validation_losses) * 100, target_count=100)
 
 
-def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[TrainingLoop, ScriptedEngine]:
+def build_loop(
+    folder: Path, losses: list[float], *, tasks: list[dict[str, float]] | None = None, **sections: Any
+) -> tuple[TrainingLoop, ScriptedEngine]:
     values = Case(engine="plain").config.model_dump() | {"schedule": {"total_steps": 6}} | sections
+    values["data"] = {"train": "none", "validation": {"main": "none"}}
     values["optimizer"]["betas"] = tuple(values["optimizer"]["betas"])
     config = RunConfig.model_validate(values)
     builder = ModelBuilder(config.model, seed=1, sequence_length=48, execution=config.execution, loss=config.loss)
@@ -73,6 +76,7 @@ def build_loop(folder: Path, losses: list[float], **sections: Any) -> tuple[Trai
         phases=phases,
         ledger=GoodputLedger(folder / "goodput.jsonl", phases),
         health=RankHealth(config.guard, engine),
+        tasks=None if tasks is None else iter(tasks).__next__,
     )
     return loop, engine
 
@@ -94,7 +98,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     loop, _ = build_loop(tmp_path, [5.0, 4.0, 4.5], evaluation={"every_steps": 2}, checkpoint={"every_steps": 3})
     progress = loop.run(Progress(), steps_from(0))
-    assert (progress.step, progress.best_step, progress.best_validation_loss) == (6, 4, 4.0)
+    assert (progress.step, progress.best_step, progress.best_value) == (6, 4, 4.0)
     assert saved_steps(loop) == [4, 6]
     best = loop.saves.store.best()
     assert best is not None
@@ -112,6 +116,46 @@ def test_early_stopping_ends_the_run_and_stays(tmp_path: Path) -> None:
     assert saved_steps(loop)[-1] == 4
     engine.validation_losses = iter([])
     assert loop.run(progress, steps_from(4)) == progress  # started again, it does nothing
+
+
+def test_a_task_s_metric_decides_what_is_best_and_when_to_stop(tmp_path: Path) -> None:
+    section = {"every_steps": 3, "tasks_every_steps": 1, "tasks": ["a"], "early_stopping_patience": 2}
+    values = [{"tasks/a/acc": value} for value in (0.2, 0.6)] + [{"tasks/failed": 1.0}]
+    values += [{"tasks/a/acc": value} for value in (0.5, 0.6)]
+    loop, engine = build_loop(
+        tmp_path, [5.0, 4.0], tasks=values, evaluation=section, checkpoint={"best_metric": "tasks/a/acc"}
+    )
+    progress = loop.run(Progress(), steps_from(0))
+    assert (progress.step, progress.best_step, progress.best_value) == (
+        5,
+        2,
+        0.6,
+    )  # a failed evaluation counts for none
+    best = loop.saves.store.best()
+    assert best is not None
+    assert best.name == "step-00000002"
+    assert [line["tasks/a/acc"] for line in lines(tmp_path) if "tasks/a/acc" in line] == [0.2, 0.6, 0.5, 0.6]
+    assert [line["step"] for line in lines(tmp_path) if "validation/main/loss" in line] == [3]
+    checkpoint = loop.saves.store.newest_valid()
+    assert checkpoint is not None
+    assert Progress.from_json(checkpoint.manifest.progress) == progress
+    assert loop.run(Progress.from_json(checkpoint.manifest.progress), steps_from(5)) == progress  # stays finished
+    assert engine.validation_losses is not None
+
+
+def test_patience_is_counted_over_a_resume(tmp_path: Path) -> None:
+    """Stopped after each evaluation and started again, a run stops where it would have stopped without."""
+    section = {"every_steps": 1, "early_stopping_patience": 3}
+    losses = [5.0, 4.0, 4.5, 4.4, 4.3, 1.0]
+    whole, _ = build_loop(tmp_path / "whole", losses, evaluation=section)
+    expected = whole.run(Progress(), steps_from(0))
+    assert (expected.step, expected.best_step) == (5, 2)
+    progress = Progress()
+    for step in range(1, 7):
+        schedule = {"total_steps": 6, "stop_at_step": step}
+        part, _ = build_loop(tmp_path / "parts", losses[step - 1 :], evaluation=section, schedule=schedule)
+        progress = Progress.from_json(json.loads(json.dumps(part.run(progress, steps_from(step - 1)).to_json())))
+    assert progress == expected
 
 
 def test_a_request_to_stop_saves_and_says_preempted(tmp_path: Path) -> None:
