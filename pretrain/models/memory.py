@@ -159,7 +159,9 @@ def _rank_memory(
         optimizer, gradients = dict.fromkeys(optimizer, 0), 0
     elif layout.offloads_optimizer:  # the gradients' sums go where the update is computed
         host += sum(optimizer.values()) + _offloaded_gradient_bytes(shape, layout, step, parameters, shard)
-        optimizer, gradients = dict.fromkeys(optimizer, 0), 0
+        # on the device is left a buffer for the largest gradient on its way
+        gradients = _largest_weight_bytes(shape, layout, step) if layout.stage < 3 else 0
+        optimizer = dict.fromkeys(optimizer, 0)
     if layout.offloads_parameters:
         host += weights
         weights = 0
@@ -230,8 +232,11 @@ def _offloaded_gradient_bytes(shape: Architecture, layout: Layout, step: Step, p
     held = FP32_BYTES * ((parameters if layout.stage == 1 else shard) + shard)
     if layout.stage == 3:
         return held
-    largest = shape.hidden_size * max(shape.vocabulary_size, shape.intermediate_size) // layout.tensor
-    return held + step.low * (shard + largest)
+    return held + step.low * shard + _largest_weight_bytes(shape, layout, step)
+
+
+def _largest_weight_bytes(shape: Architecture, layout: Layout, step: Step) -> int:
+    return step.low * (shape.hidden_size * max(shape.vocabulary_size, shape.intermediate_size) // layout.tensor)
 
 
 def _communication_bytes(parameters: int, layout: Layout, step: Step) -> int:
