@@ -31,8 +31,15 @@ make_environment() {
     printf '%s\n' "$stamp" >"$stamp_file"
 }
 
-# warm_deepspeed [async_io]: build what DeepSpeed compiles at its first start on CPU, so that no training run waits.
+# warm_deepspeed: build what DeepSpeed compiles at its first start on CPU, so that no training run waits.
 warm_deepspeed() {
     say "DeepSpeed's CPU op (compiled once, about a minute)"
-    .venv/bin/python -m launch.warm_deepspeed "$@"
+    .venv/bin/python -m launch.warm_deepspeed
+}
+
+# warm_deepspeed_for_nvme: the same, and what offload to NVMe compiles.
+warm_deepspeed_for_nvme() {
+    say "DeepSpeed's CPU ops (compiled once, about two minutes)"
+    .venv/bin/python -m launch.warm_deepspeed async_io
+}
 }

@@ -67,7 +67,7 @@ make_environment || exit 1
 
 export OMP_NUM_THREADS=1 # small tensors: more threads take twice the time
 export HF_HUB_OFFLINE=1 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true GLOO_SOCKET_IFNAME=lo
-case $selection in *'not ranks'*) ;; *) stage 'DeepSpeed ops' warm_deepspeed async_io ;; esac
+case $selection in *'not ranks'*) ;; *) stage 'DeepSpeed ops' warm_deepspeed_for_nvme ;; esac
 stage format .venv/bin/ruff format --check
 stage lint .venv/bin/ruff check
 stage types .venv/bin/mypy

@@ -160,6 +160,7 @@ def test_a_failure_of_the_leader_ends_the_evaluation_on_all_ranks(
     assert pool.run(ask_on_rank, str(folder / "run"), ["corpus_completion"], 4)[0]  # in step as before
 
 
+@pytest.mark.slow  # lm_eval looks through all of its tasks for each
 def test_bad_tasks_are_refused_with_the_nearest_names(tmp_path: Path) -> None:
     def refusal(kind: type[Exception], *names: str, folder: Path | None = SHIPPED) -> str:
         with pytest.raises(kind) as caught:

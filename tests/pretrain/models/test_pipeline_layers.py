@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import ExecutionSection, LossSection, ModelSection
-from pretrain.models import weights
 from pretrain.models.architecture import resolve_architecture
 from pretrain.models.build import ModelBuilder
 from pretrain.models.pipeline_layers import StageModules, build_stage, describe_whole
 from pretrain.models.pipeline_stages import PIPELINE_TYPES, Stage, partition_layers
+from pretrain.models.weight_files import SINGLE_FILE, WeightFiles
 from tests.pretrain.models.small_models import packed_batch, small_builder, small_fields
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_a_stage_reads_only_its_own_tensors_of_a_folder(tmp_path: Path, monkeypa
     fields = {"num_hidden_layers": 4, "tie_word_embeddings": False}
     source = small_builder("qwen3", seed=7, **fields)
     network = source.build("cpu").network
-    save_file({name: weight.data for name, weight in network.named_parameters()}, tmp_path / weights.SINGLE_FILE)
+    save_file({name: weight.data for name, weight in network.named_parameters()}, tmp_path / SINGLE_FILE)
     (tmp_path / "config.json").write_text(json.dumps(network.config.to_dict()), encoding="utf-8")
     builder = ModelBuilder(
         ModelSection(weights=str(tmp_path)),
@@ -102,34 +102,13 @@ def test_a_stage_reads_only_its_own_tensors_of_a_folder(tmp_path: Path, monkeypa
         loss=LossSection(),
     )
     read: list[str] = []
-    own_open = weights._opened
+    own_read = WeightFiles.read
 
-    class Watching:
-        def __init__(self, file: Any) -> None:
-            self.file = file
+    def watched(files: WeightFiles, name: str) -> torch.Tensor:
+        read.append(name)
+        return own_read(files, name)
 
-        def get_slice(self, name: str) -> Any:
-            return self.file.get_slice(name)
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            read.append(name)
-            tensor: torch.Tensor = self.file.get_tensor(name)
-            return tensor
-
-        def keys(self) -> list[str]:
-            return list(self.file.keys())
-
-    class Opened:
-        def __init__(self, path: Path) -> None:
-            self.context = own_open(path)
-
-        def __enter__(self) -> Watching:
-            return Watching(self.context.__enter__())
-
-        def __exit__(self, *error: Any) -> None:
-            self.context.__exit__(*error)
-
-    monkeypatch.setattr(weights, "_opened", Opened)
+    monkeypatch.setattr(WeightFiles, "read", watched)
     stage = small_stages(builder, "qwen3", 2, **fields)[1]
     built = build_stage(builder, stage, CPU)
     assert set(read) == set(built.names.values())
