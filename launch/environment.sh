@@ -42,4 +42,3 @@ warm_deepspeed_for_nvme() {
     say "DeepSpeed's CPU ops (compiled once, about two minutes)"
     .venv/bin/python -m launch.warm_deepspeed async_io
 }
-}
