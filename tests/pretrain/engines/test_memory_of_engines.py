@@ -71,7 +71,7 @@ def storages() -> dict[int, int]:
 
 
 def layouts() -> Iterator[Any]:
-    """Ranks, parallel section and precision: each that the matrix has, once; slow where all its cells are."""
+    """Ranks, parallel section and precision: each that the matrix has, once; slow where all its cells are, or in bf16."""
     found: dict[tuple[int, tuple[tuple[str, Any], ...], str], bool] = {}
     for cell in CELLS:
         parallel = tuple((key, getattr(cell.case, key)) for key in PARALLEL_KEYS)
@@ -79,11 +79,13 @@ def layouts() -> Iterator[Any]:
         is_usual = cell.case.model_type == "llama" or cell.case.expert > 1
         if is_usual and cell.ranks <= LARGEST_GROUP:
             found[layout] = found.get(layout, True) and cell.slow
-    for layout, is_slow in found.items():
+    for layout, has_slow_cells in found.items():
         different = [
             str(value) if key == "engine" else f"{key}={value}" for key, value in layout[1] if value != USUAL[key]
         ]
         name = " ".join([*different, layout[2], f"x{layout[0]}"])
+        # bf16 is slow on CPUs that emulate it, and differs from fp32 by the bytes of a number alone
+        is_slow = has_slow_cells or (layout[2] == "bf16" and layout[0] > 1)
         yield pytest.param(*layout, id=name, marks=[pytest.mark.slow] if is_slow else [])
 
 
