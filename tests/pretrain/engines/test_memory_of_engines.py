@@ -71,7 +71,7 @@ def storages() -> dict[int, int]:
 
 
 def layouts() -> Iterator[Any]:
-    """Ranks, parallel section and precision: each that the matrix has, once; slow where all its cells are, or in bf16."""
+    """Ranks, parallel section and precision: each that the matrix has, once; slow where all cells are, and in bf16."""
     found: dict[tuple[int, tuple[tuple[str, Any], ...], str], bool] = {}
     for cell in CELLS:
         parallel = tuple((key, getattr(cell.case, key)) for key in PARALLEL_KEYS)
