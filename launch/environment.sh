@@ -39,6 +39,6 @@ warm_deepspeed() {
 
 # warm_deepspeed_for_nvme: the same, and what offload to NVMe compiles.
 warm_deepspeed_for_nvme() {
-    say "DeepSpeed's CPU ops (compiled once, about two minutes)"
+    say "DeepSpeed's CPU ops (compiled once, about five minutes)"
     .venv/bin/python -m launch.warm_deepspeed async_io
 }
