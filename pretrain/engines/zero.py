@@ -273,7 +273,7 @@ def _trained_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def _require_space(disk: OffloadFolder, parameters: Mapping[str, nn.Parameter]) -> None:
-    shards = sum(weight.ds_tensor.numel() for weight in parameters.values())  # type: ignore[attr-defined]
+    shards = sum(weight.ds_tensor.numel() for weight in parameters.values())  # type: ignore[attr-defined]  # DeepSpeed sets it
     disk.require_space(SWAPPED_BYTES * shards * distributed.read_place().local_world_size)
 
 

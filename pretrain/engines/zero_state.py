@@ -238,7 +238,7 @@ class ShardedState(ZeroState):
         for group, members in self._groups().items():
             with self._fetched(group):
                 for name, offset, length in members:
-                    shard = self._parameters[name].ds_tensor  # type: ignore[attr-defined]
+                    shard = self._parameters[name].ds_tensor  # type: ignore[attr-defined]  # DeepSpeed sets it
                     master = self._updated_tensors()[group].data.narrow(0, offset, length)
                     shard.copy_(master.view_as(shard))
         persistent = self._optimizer.persistent_parameters  # small ones that stay gathered between steps

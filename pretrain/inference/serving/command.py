@@ -6,6 +6,7 @@ Owns the order: whatever can be refused is refused before the model is loaded.
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 from pretrain.errors import ConfigError, Problem
@@ -35,11 +36,10 @@ def serve_until_told(source: Path, *, host: str, port: int, name: str | None, to
 
 
 def _require_extra() -> None:
-    try:
-        import prometheus_client  # noqa: F401 - looked for, used elsewhere
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
+    missing = [name for name in ("prometheus_client", "starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
         raise ConfigError(
-            Problem(f"{error.name} is not installed", "the extra `serve`", "pip install 'athanor-pretrain[serve]'")
-        ) from error
+            Problem(
+                f"{', '.join(missing)}: not installed", "the extra `serve`", "pip install 'athanor-pretrain[serve]'"
+            )
+        )
