@@ -21,6 +21,7 @@ from launch.job_sections import (
     SkyPilotSection,
     SlurmSection,
 )
+from launch.silence import DEFAULT_SECONDS, SHORTEST_SECONDS
 from launch.travelling import environment_problems
 from pretrain.config_changes import apply_change, without_empty_sections
 from pretrain.config_files import read_extended
@@ -53,6 +54,8 @@ class Job(Section):
     environment: EnvironmentSection = EnvironmentSection()
     time_limit: str | None = None  # 23:50:00, 1-00:00:00 or 23h50m; ranks are told to save in time; null: none
     grace_seconds: float = Field(120, gt=0)  # between the wish to stop and the kill: a step and a save
+    # without a sign of life of a rank's watchdog: then it is killed, and the job failed; null: for ever
+    silence_seconds: float | None = Field(DEFAULT_SECONDS, ge=SHORTEST_SECONDS)
     restarts: int = Field(0, ge=0)  # after failures that a new start may mend
 
     deepspeed: DeepSpeedSection = DeepSpeedSection()

@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--port", required=True, help="of the first rank, or from:VARIABLE")
     parser.add_argument("--status", type=Path, required=True)
     parser.add_argument("--grace", type=float, default=120.0)
+    parser.add_argument("--silence", type=float)
     parser.add_argument("--secrets")
     parser.add_argument("words", nargs="+")
     options = parser.parse_args()
@@ -55,9 +56,10 @@ def run_node(options: argparse.Namespace, environment: Mapping[str, str]) -> int
         raise LaunchError(Problem(f"node rank {node_rank} of {options.nodes}", "0 <= node rank < nodes", "check it"))
     first = node_rank * options.ranks
     forget(options.status, range(first, first + options.ranks))
-    secrets = ["--secrets", options.secrets] if options.secrets else []
+    passed_on = ["--secrets", options.secrets] if options.secrets else []
+    passed_on += ["--silence", f"{options.silence:g}"] if options.silence else []
     guardian = [sys.executable, "-m", "launch.rank", "--status", str(options.status)]
-    guardian += ["--grace", f"{options.grace:g}", *secrets, "--", *options.words]
+    guardian += ["--grace", f"{options.grace:g}", *passed_on, "--", *options.words]
     places = {
         "MASTER_ADDR": _value(options.address, environment),
         "MASTER_PORT": _value(options.port, environment),

@@ -31,6 +31,13 @@ def identity(pid: int) -> str | None:
     return None if fields is None or fields[0] == "Z" else f"{pid}:{fields[19]}"
 
 
+def state_of(pid: int) -> str:
+    """What the system says a process does."""
+    fields = _stat(pid)
+    names = {"T": "stopped", "t": "stopped", "D": "in a system call that does not return", "R": "running"}
+    return "gone" if fields is None else names.get(fields[0], "asleep")
+
+
 def ancestor_called(name: str) -> int | None:
     """The nearest process above this one with a name; None where there is none."""
     pid = os.getppid()

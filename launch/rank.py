@@ -22,6 +22,7 @@ from launch.causes import last_error
 from launch.processes import ancestor_called, die_with_parent, identity
 from launch.rank_status import STOP, RankStatus, failure_mark
 from launch.secrets_file import read_secrets
+from launch.silence import SECONDS_FOR_STACKS, Silence
 from pretrain.doctor.secrets import secret_values, without_secrets
 from pretrain.errors import ExitCode
 
@@ -40,26 +41,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.rank", allow_abbrev=False)
     parser.add_argument("--status", type=Path, required=True)
     parser.add_argument("--grace", type=float, default=120.0)
+    parser.add_argument("--silence", type=float, help="seconds without a sign of life after which the rank is killed")
     parser.add_argument("--secrets", type=Path)
     parser.add_argument("--ends-with", default="")
     parser.add_argument("words", nargs="+")
     options = parser.parse_args()
     environment = {**os.environ, **(read_secrets(options.secrets) if options.secrets else {})}
     environment["PYTHONUNBUFFERED"] = "1"
-    guardian = Guardian(options.status, options.grace, environment)
-    guardian.watch_process(os.environ.get(LAUNCHER, ""))
-    if options.ends_with and (pid := ancestor_called(options.ends_with)):
-        guardian.watch_process(identity(pid) or "")
-    return guardian.run([sys.executable, "-m", *options.words])
+    with Silence(options.silence) as silence:
+        guardian = Guardian(options.status, options.grace, environment | silence.variables, silence)
+        guardian.watch_process(os.environ.get(LAUNCHER, ""))
+        if options.ends_with and (pid := ancestor_called(options.ends_with)):
+            guardian.watch_process(identity(pid) or "")
+        return guardian.run([sys.executable, "-m", *options.words])
 
 
 class Guardian:
     """One rank and everything that can end it."""
 
-    def __init__(self, folder: Path, grace_seconds: float, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, grace_seconds: float, environment: dict[str, str], silence: Silence) -> None:
         self._folder = folder
         self._grace_seconds = grace_seconds
         self._environment = environment
+        self._silence = silence
+        self._is_silent = False
         self._secrets = secret_values(environment)
         self._parent = os.getppid()
         self._selector = selectors.DefaultSelector()
@@ -145,6 +150,7 @@ class Guardian:
             if now - polled_at >= POLL_SECONDS:
                 polled_at = now
                 self._look_at_marks(now)
+                self._look_for_silence(now)
             if self._kill_at is not None and now >= self._kill_at:
                 self._kill_group()
 
@@ -157,6 +163,16 @@ class Guardian:
             self._peer_failed_at = now
         if self._peer_failed_at is not None and now - self._peer_failed_at >= SECONDS_AFTER_A_PEER:
             self._ask("another rank failed")
+
+    def _look_for_silence(self, now: float) -> None:
+        """A rank whose watchdog stands still ends by nothing but a kill."""
+        if self._is_silent or not (found := self._silence.look(now)):
+            return
+        self._is_silent = True
+        told = f"error on rank {self._status.rank}: {found[0]} (silence_seconds of the job); it is killed"
+        self._write(f"{told}\n".encode())
+        found[0].ask_for_stacks()
+        self._kill_at = now + SECONDS_FOR_STACKS
 
     def _ask(self, reason: str) -> None:
         """Pass on one wish; the launcher's own repetitions of it would be taken for impatience."""
@@ -210,8 +226,11 @@ class Guardian:
     def _finish(self, returncode: int) -> int:
         status = self._status
         status.ended_at = time.time()
-        status.code = returncode if returncode >= 0 else 128 - returncode
-        status.signal = signal.Signals(-returncode).name if returncode < 0 else None
+        if self._is_silent:
+            status.code = ExitCode.HANG
+        else:
+            status.code = returncode if returncode >= 0 else 128 - returncode
+            status.signal = signal.Signals(-returncode).name if returncode < 0 else None
         status.error = last_error(self._kept.decode("utf-8", "replace")) if status.code else ""
         with contextlib.suppress(OSError):
             status.write(self._folder)

@@ -19,6 +19,7 @@ from types import FrameType
 
 from launch.processes import adopt_orphans, descendants, kill_descendants
 from launch.restarts import STOP_SIGNALS, run_until_done
+from launch.silence import DEFAULT_SECONDS, SECONDS_FOR_STACKS, SHORTEST_SECONDS, Silence, SilentRank
 from pretrain.errors import ExitCode
 
 LOOK_EVERY_SECONDS = 0.2
@@ -32,15 +33,23 @@ class Supervisor:
         most_restarts: after which the last exit code stands.
         back_off_seconds: before the first restart; doubles with each.
         grace_seconds: for ranks to save after a signal, before they are killed.
+        silence_seconds: without a sign of life of a rank, after which all are killed; null: for ever.
     """
 
     def __init__(
-        self, command: Sequence[str], *, most_restarts: int, back_off_seconds: float, grace_seconds: float
+        self,
+        command: Sequence[str],
+        *,
+        most_restarts: int,
+        back_off_seconds: float,
+        grace_seconds: float,
+        silence_seconds: float | None = DEFAULT_SECONDS,
     ) -> None:
         self._command = command
         self._most_restarts = most_restarts
         self._back_off_seconds = back_off_seconds
         self._grace_seconds = grace_seconds
+        self._silence_seconds = silence_seconds
         self._asked: signal.Signals | None = None
         self._asked_at = 0.0
         self._codes: list[int] = []  # of processes that outlived their parent
@@ -62,7 +71,12 @@ class Supervisor:
 
     def _run_once(self) -> int:
         self._codes.clear()
-        process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+        with Silence(self._silence_seconds) as silence:
+            return self._run_watched(silence)
+
+    def _run_watched(self, silence: Silence) -> int:
+        process = subprocess.Popen(self._command, env={**os.environ, **silence.variables}, stdin=subprocess.DEVNULL)
+        is_silent = False
         while process.poll() is None or descendants(os.getpid()):
             self._reap(process.pid)
             if self._asked is not None and time.monotonic() - self._asked_at > self._grace_seconds:
@@ -70,12 +84,26 @@ class Supervisor:
                 kill_descendants(os.getpid())
             if process.poll() is not None and self._asked is None:
                 kill_descendants(os.getpid())  # ranks whose launcher is gone wait for ever
+            if silent := silence.look(time.monotonic()):
+                is_silent = True
+                self._end_silent(silent)
             time.sleep(LOOK_EVERY_SECONDS)
         self._reap(process.pid)
+        if is_silent:
+            return ExitCode.HANG
         code = process.returncode if process.returncode >= 0 else 128 - process.returncode
         if self._asked is not None and code != 0 and ExitCode.PREEMPTED in self._codes:
             return ExitCode.PREEMPTED  # a launcher that died of the signal does not know that its ranks saved
         return code
+
+    @staticmethod
+    def _end_silent(silent: Sequence[SilentRank]) -> None:
+        """End the whole start: ranks that live would wait for the silent ones."""
+        for rank in silent:
+            print(f"error: {rank} (--silence-seconds); all ranks are killed", file=sys.stderr, flush=True)
+            rank.ask_for_stacks()
+        time.sleep(SECONDS_FOR_STACKS)
+        kill_descendants(os.getpid())
 
     def _reap(self, own_child: int) -> None:
         """Take the exit codes of adopted orphans; the command's own code is subprocess's to take."""
@@ -125,9 +153,19 @@ def main() -> int:
     parser.add_argument("--max-restarts", type=int, default=3)
     parser.add_argument("--back-off-seconds", type=float, default=10.0, help="before the first restart; then doubled")
     parser.add_argument("--grace-seconds", type=float, default=600.0, help="for ranks to save after a signal")
+    parser.add_argument(
+        "--silence-seconds",
+        type=float,
+        default=DEFAULT_SECONDS,
+        help="without a sign of life of a rank, after which all are killed; 0: for ever",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
     words = parser.parse_args()
     command = words.command[1:] if words.command[:1] == ["--"] else words.command
+    if words.silence_seconds != 0 and words.silence_seconds < SHORTEST_SECONDS:
+        found = f"--silence-seconds {words.silence_seconds:g}"
+        print(f"error: {found}: at least {SHORTEST_SECONDS:g}, or 0 for never", file=sys.stderr)
+        return ExitCode.BAD_CONFIGURATION
     if not command:
         parser.print_usage(sys.stderr)
         return ExitCode.BAD_CONFIGURATION
@@ -136,6 +174,7 @@ def main() -> int:
         most_restarts=words.max_restarts,
         back_off_seconds=words.back_off_seconds,
         grace_seconds=words.grace_seconds,
+        silence_seconds=words.silence_seconds or None,
     ).run()
 
 

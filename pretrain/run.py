@@ -5,6 +5,7 @@ With run_parts.py and run_training.py the only file that knows all parts. Decide
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pretrain.accelerate_request import read_accelerate_request
 from pretrain.checkpoint.run_lock import hold_run_folder
 from pretrain.config import RunConfig
 from pretrain.distributed import Place
+from pretrain.life_signs import STACKS_SIGNAL, sign_file
 from pretrain.logs import start_logging
 from pretrain.reporting.wandb_destination import require_wandb
 from pretrain.run_parts import open_parts
@@ -38,7 +40,10 @@ def train(config_path: Path, overrides: list[str], resume: str, time_limit_secon
         require_wandb()
     refuse_stop_file(config.folder)
     start_logging(config.folder, place.rank)
-    with Watchdog(phases, config.deadlines, config.folder / "logs", rank=place.rank) as watchdog:
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    life_sign = sign_file(distributed.environment(), place.rank)
+    logs = config.folder / "logs"
+    with Watchdog(phases, config.deadlines, logs, rank=place.rank, life_sign=life_sign) as watchdog:
         distributed.start(place)
         watchdog.attach(distributed.own_store(), place.world_size)
         progress = _train_and_leave(config, plan, place, resume, phases, time_limit_seconds)

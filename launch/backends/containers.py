@@ -5,7 +5,7 @@ Which file says so is compose.py's, kubernetes.py's and skypilot.py's.
 
 from __future__ import annotations
 
-from launch.backends.place import Place, train_words
+from launch.backends.place import Place, guardian_words, train_words
 from launch.job import Job
 from launch.travelling import problems_of_sending
 from pretrain.errors import ConfigError, Problem
@@ -46,9 +46,8 @@ def agent_words(
 ) -> list[str]:
     """Start one node's agent; `node_rank` is a number, or the name of the variable that holds it."""
     rank = ["--node-rank", node_rank] if node_rank.isdigit() else ["--node-rank-from", node_rank]
-    secrets = ["--secrets", job.environment.secrets_file] if job.environment.secrets_file else []
     return [
         *(job.python or "python", "-m", "launch.node", "--nodes", str(job.nodes), *rank),
         *("--ranks", str(job.gpus_per_node), "--address", address, "--port", port),
-        *("--status", logs or job.logs, "--grace", f"{job.grace_seconds:g}", *secrets, "--", *train_words(job)),
+        *("--status", logs or job.logs, *guardian_words(job), "--", *train_words(job)),
     ]

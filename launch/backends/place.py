@@ -105,6 +105,12 @@ def train_words(job: Job) -> list[str]:
 
 def rank_words(job: Job, place: Place, *options: str) -> list[str]:
     """The same below the guardian process of each rank (rank.py), after `python -m`."""
-    secrets = ["--secrets", job.environment.secrets_file] if job.environment.secrets_file else []
-    words = ["launch.rank", "--status", str(place.status(job)), "--grace", f"{job.grace_seconds:g}", *secrets]
+    words = ["launch.rank", "--status", str(place.status(job)), *guardian_words(job)]
     return [*words, *options, "--", *train_words(job)]
+
+
+def guardian_words(job: Job) -> list[str]:
+    """What guardians are told of the job, by the launcher or by their node's agent."""
+    secrets = ["--secrets", job.environment.secrets_file] if job.environment.secrets_file else []
+    silence = ["--silence", f"{job.silence_seconds:g}"] if job.silence_seconds is not None else []
+    return ["--grace", f"{job.grace_seconds:g}", *silence, *secrets]

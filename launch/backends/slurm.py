@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from launch.backends.place import Place, train_words
+from launch.backends.place import Place, guardian_words, train_words
 from launch.job import Job
 from launch.rendering import Command, RenderedFile, Rendering
 from launch.travelling import problems_of_sending
@@ -98,10 +98,9 @@ def _options(job: Job, place: Place) -> Iterator[str]:
 
 def _srun(job: Job, place: Place) -> str:
     cpus = f" --cpus-per-task={job.slurm.cpus_per_task}" if job.slurm.cpus_per_task else ""
-    secrets = f" --secrets {shlex.quote(job.environment.secrets_file)}" if job.environment.secrets_file else ""
     return (
         f"srun --export=ALL --kill-on-bad-exit=1 --wait=60{cpus} {shlex.quote(place.python(job))} -m launch.node "
         f"--nodes {job.nodes} --node-rank-from SLURM_NODEID --ranks {job.gpus_per_node} "
-        f'--address "${{address:-$first}}" --port "$port" --status "$status" --grace {job.grace_seconds:g}{secrets} '
+        f'--address "${{address:-$first}}" --port "$port" --status "$status" {shlex.join(guardian_words(job))} '
         f"-- {shlex.join(train_words(job))} &"
     )

@@ -1,7 +1,8 @@
 """Deadlines: a phase that takes too long ends the process, after every rank has written where it stands.
 
-Two threads a rank: one keeps a heartbeat in the store of the process group, the other watches the clock and needs no
-other rank. Costs the training thread nothing. What the sentence says is who_is_late.py's.
+Two threads a rank: one keeps a heartbeat in the store of the process group, the other watches the clock, needs no
+other rank, and shows its launcher that it stands. Costs the training thread nothing. What the sentence says is
+who_is_late.py's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 from pretrain.config import DeadlineSection
 from pretrain.errors import ExitCode
+from pretrain.life_signs import SIGN_SECONDS, give_sign
 from pretrain.training.phases import Moment, PhaseName, Phases
 from pretrain.training.who_is_late import Sign, describe_main_thread, last_collective, name_the_late
 
@@ -52,6 +54,7 @@ class Watchdog:
         deadlines: by phase.
         folder: for the stacks.
         rank: this one.
+        life_sign: the file by which this rank's launcher knows that it lives; null: nobody looks.
         leave: ends the process.
     """
 
@@ -62,11 +65,13 @@ class Watchdog:
         folder: Path,
         *,
         rank: int,
+        life_sign: Path | None = None,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
         self._phases = phases
         self._folder = folder
         self._rank = rank
+        self._life_sign = life_sign
         self._host = socket.gethostname()
         self._leave = leave
         self._limits = _limits(deadlines)
@@ -83,6 +88,8 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        if self._life_sign is not None:
+            self._life_sign.unlink(missing_ok=True)
 
     def attach(self, store: Store, world_size: int) -> None:
         """Begin to exchange signs of life, once there is a process group; the store must be this rank's own copy."""
@@ -102,7 +109,9 @@ class Watchdog:
                 logger.warning("no more signs of life are exchanged: %s", error)
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._beat_seconds):
+        while not self._ended.wait(min(self._beat_seconds, SIGN_SECONDS)):
+            if self._life_sign is not None:
+                give_sign(self._life_sign)
             now, limit = self._phases.now, self._limits[self._phases.now.phase]
             if limit is not None and self._phases.clock() - now.began > limit:
                 self._end(f"{_words(now)} took longer than deadlines.{_key_of(now.phase)}: {limit:g}", is_first=True)

@@ -2,19 +2,33 @@
 
 Words: `sleep`, `fail-if=RANK:CODE`, `fail-once=PATH` (at the first start), `raise-if=RANK:TEXT`, `say=VARIABLE`,
 `ready=PATH` and `child=PATH` (a process that would outlive it), which write PATH-RANK, `stubborn` (ignores SIGTERM),
-`saves` (ends with 75 after SIGTERM).
+`saves` (ends with 75 after SIGTERM), `signs` (gives signs of life, and stacks where asked, as training does),
+`freeze-once=PATH` (stands still for ever at the first start).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+from pretrain.life_signs import STACKS_SIGNAL, give_sign, sign_file
+
 SAVE_SECONDS = 0.5
+SIGNS_BEFORE_A_FREEZE_SECONDS = 1.0
+
+
+def give_signs(rank: int) -> None:
+    file = sign_file(os.environ, rank)
+    assert file is not None, "no launcher looks"
+    while True:
+        give_sign(file)
+        time.sleep(0.1)
 
 
 def main() -> None:
@@ -40,6 +54,13 @@ def main() -> None:
         elif name == "fail-once" and not (mark := Path(f"{value}-{rank}")).exists():
             mark.touch()
             sys.exit(7)
+        elif name == "signs":
+            faulthandler.register(STACKS_SIGNAL)
+            threading.Thread(target=give_signs, args=(int(rank),), daemon=True).start()
+        elif name == "freeze-once" and not (mark := Path(f"{value}-{rank}")).exists():
+            time.sleep(SIGNS_BEFORE_A_FREEZE_SECONDS)
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
         elif name == "sleep":
             time.sleep(float(value or 600))
 
