@@ -23,19 +23,16 @@ class Choice:
     world_size: int
 
 
-# How to see that a run uses a feature.
-USES: Mapping[Feature, Callable[[Choice], bool]] = {
+# How to see that a run uses a feature, and the one list of features' names. These change how ranks share the work: every
+# pair of them that is not refused has a parity test.
+LAYOUT_USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "engine plain": lambda run: run.engine == "plain",
     "engine zero": lambda run: run.engine == "zero",
     "engine pipeline": lambda run: run.engine == "pipeline",
     "engine accelerate": lambda run: run.engine == "accelerate",
     "ZeRO stage 0": lambda run: run.config.parallel.zero_stage == 0,
-    "ZeRO stage 1": lambda run: run.config.parallel.zero_stage == 1 and run.engine == "zero",
     "ZeRO stage 2": lambda run: run.config.parallel.zero_stage == 2,
     "ZeRO stage 3": lambda run: run.config.parallel.zero_stage == 3,
-    "precision fp16": lambda run: run.config.precision == "fp16",
-    "guard.on_non_finite stop": lambda run: run.config.guard.on_non_finite == "stop",
-    "guard.on_non_finite rollback": lambda run: run.config.guard.on_non_finite == "rollback",
     "tensor parallelism": lambda run: run.config.parallel.tensor > 1,
     "pipeline parallelism": lambda run: run.config.parallel.pipeline > 1,
     "sequence parallelism": lambda run: run.config.parallel.sequence > 1,
@@ -45,38 +42,22 @@ USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "optimizer offload": lambda run: run.config.parallel.offload_optimizer != "none",
     "parameter offload": lambda run: run.config.parallel.offload_parameters != "none",
     "NVMe offload": lambda run: run.config.parallel.offload_optimizer == "nvme",
-    "NVMe offload of parameters": lambda run: run.config.parallel.offload_parameters == "nvme",
     "selective recomputation": lambda run: run.config.execution.recomputation == "selective",
     "recomputation of some layers": lambda run: run.config.execution.recompute_every > 1,
+    "several processes": lambda run: run.world_size > 1,
+}
+OTHER_USES: Mapping[Feature, Callable[[Choice], bool]] = {
+    "ZeRO stage 1": lambda run: run.config.parallel.zero_stage == 1 and run.engine == "zero",
+    "precision fp16": lambda run: run.config.precision == "fp16",
+    "guard.on_non_finite stop": lambda run: run.config.guard.on_non_finite == "stop",
+    "guard.on_non_finite rollback": lambda run: run.config.guard.on_non_finite == "rollback",
+    "NVMe offload of parameters": lambda run: run.config.parallel.offload_parameters == "nvme",
     "compiled layers": lambda run: run.config.execution.compile,
     "liger's kernels": lambda run: run.config.execution.kernels == "liger",
-    "several processes": lambda run: run.world_size > 1,
     "a DeepSpeed file": lambda run: run.config.parallel.deepspeed_config is not None,
     "LoRA": lambda run: run.config.model.lora is not None,
 }
-
-# Features that change how ranks share the work: every pair that is not refused has a parity test.
-LAYOUT_FEATURES: tuple[Feature, ...] = (
-    "engine plain",
-    "engine zero",
-    "engine pipeline",
-    "engine accelerate",
-    "ZeRO stage 0",
-    "ZeRO stage 2",
-    "ZeRO stage 3",
-    "tensor parallelism",
-    "pipeline parallelism",
-    "sequence parallelism",
-    "expert parallelism",
-    "DualPipeV",
-    "sharded data parallelism",
-    "optimizer offload",
-    "parameter offload",
-    "NVMe offload",
-    "selective recomputation",
-    "recomputation of some layers",
-    "several processes",
-)
+USES: Mapping[Feature, Callable[[Choice], bool]] = {**LAYOUT_USES, **OTHER_USES}
 
 
 def choose_engine(config: RunConfig, world_size: int) -> str:

@@ -7,38 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-Feature = Literal[
-    "engine plain",
-    "engine zero",
-    "engine pipeline",
-    "engine accelerate",
-    "ZeRO stage 0",
-    "ZeRO stage 1",
-    "ZeRO stage 2",
-    "ZeRO stage 3",
-    "precision fp16",
-    "guard.on_non_finite stop",
-    "guard.on_non_finite rollback",
-    "tensor parallelism",
-    "pipeline parallelism",
-    "sequence parallelism",
-    "expert parallelism",
-    "DualPipeV",
-    "sharded data parallelism",
-    "optimizer offload",
-    "parameter offload",
-    "NVMe offload",
-    "NVMe offload of parameters",
-    "selective recomputation",
-    "recomputation of some layers",
-    "compiled layers",
-    "liger's kernels",
-    "several processes",
-    "a DeepSpeed file",
-    "LoRA",
-]
+Feature = str  # a name of compatibility.py's two tables of uses
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.compatibility import USES, Choice, choose_engine, find_conflicts, refusal_of, table_rows
 from pretrain.config import RunConfig
-from pretrain.refused_pairs import REFUSED, Feature
+from pretrain.refused_pairs import IMPLIED, REFUSED, Feature
 
 BASE: dict[str, Any] = {
     "name": "run",
@@ -63,6 +63,8 @@ def run(*features: Feature) -> tuple[RunConfig, int]:
 
 def test_every_feature_of_the_table_can_be_switched_on() -> None:
     assert set(SWITCHES) == set(USES)
+    assert {*IMPLIED, *IMPLIED.values()} <= set(USES)
+    assert {name for pair in REFUSED for name in pair} <= set(USES)
     for feature in USES:
         config, world_size = run(feature)
         chosen = choose_engine(config, world_size)

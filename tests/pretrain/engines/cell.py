@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from pretrain.compatibility import LAYOUT_FEATURES, USES, Choice, choose_engine
+from pretrain.compatibility import LAYOUT_USES, Choice, choose_engine
 from pretrain.refused_pairs import Feature
 from tests.pretrain.engines.cases import Case
 
@@ -33,7 +33,7 @@ class Cell:
         """What the compatibility table sees in it."""
         config = self.case.config
         run = Choice(config=config, engine=choose_engine(config, self.ranks), world_size=self.ranks)
-        return [feature for feature in LAYOUT_FEATURES if USES[feature](run)]
+        return [feature for feature, is_used in LAYOUT_USES.items() if is_used(run)]
 
     @property
     def aspects(self) -> set[object]:

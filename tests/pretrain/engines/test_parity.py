@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.compatibility import LAYOUT_FEATURES, find_conflicts, refusal_of
+from pretrain.compatibility import LAYOUT_USES, find_conflicts, refusal_of
 from pretrain.refused_pairs import Feature
 from tests.pretrain.engines.cases import DS_CONFIGS, Case, skip_without_async_io, train_case
 from tests.pretrain.engines.cell import Cell
@@ -36,8 +36,8 @@ def test_every_supported_pair_of_layout_features_has_a_cell() -> None:
         shown |= {(first, second) for first in used for second in used}
     missing = [
         f"{first} with {second}"
-        for place, first in enumerate(LAYOUT_FEATURES)
-        for second in LAYOUT_FEATURES[place:]
+        for place, first in enumerate(LAYOUT_USES)
+        for second in list(LAYOUT_USES)[place:]
         if refusal_of(first, first) is refusal_of(second, second) is refusal_of(first, second) is None
         and not are_alternatives(first, second)
         and (first, second) not in shown
