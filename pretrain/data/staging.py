@@ -12,7 +12,6 @@ from pathlib import Path
 from threading import Event, Thread
 
 from data_tools.token_shards import DataToolsError, StagedDataset, is_url, stage_dataset
-from pretrain import distributed
 from pretrain.config_data import DataSection
 from pretrain.errors import DataError, Problem
 
@@ -73,6 +72,8 @@ def stage_remote(data: DataSection) -> StagedData:
     if data.cache is None:
         found = f"{next(iter(wanted))} is a URL, and there is no data.cache"
         raise DataError(Problem(found, "a folder on a local disk of each node", "set data.cache=FOLDER"))
+    from pretrain import distributed  # loads torch, for which a run of local files would wait before it is checked
+
     fetching = _Fetching()
     is_fetcher = distributed.read_place().local_rank == 0
     thread = Thread(target=fetching.run, args=(wanted, data), name="staging", daemon=True)

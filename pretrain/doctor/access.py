@@ -17,7 +17,7 @@ from pretrain.doctor.hosts import Host, read_hosts
 from pretrain.errors import PretrainError
 
 SSH_SECONDS = 10
-MOST_SESSIONS = 32
+MOST_SESSIONS = 128  # hosts that are asked at once; a silent one takes 2 * SSH_SECONDS
 
 
 def check_data(config: RunConfig, vocabulary_size: int, *, check_hashes: bool) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -41,15 +42,16 @@ def examine(
     planned = load_and_plan(run, overrides, place.world_size) if run is not None else None
     distributed.start(place, timeout_seconds=120)
     try:
-        findings = [*run_checks(_node_checks(planned, check_hashes))] if place.local_rank == 0 else []
-        if place.is_main_process and hostfile is not None:
-            findings += run_checks({"hostfile": partial(access.check_hostfile, hostfile, ssh_config)})
-        if place.is_main_process:
-            findings += _left_out(has_run=run is not None, has_hostfile=hostfile is not None)
-        # outside of run_checks: a collective that one rank leaves early would make the others wait
-        findings += network.check_devices_against_each_other(place)
-        findings += network.check_pairs(place)
-        findings += network.check_clocks(place)
+        with ThreadPoolExecutor(1) as beside:  # hosts that do not answer are waited for while the rest is looked at
+            asked = beside.submit(list, run_checks(_host_checks(place, hostfile, ssh_config)))
+            findings = [*run_checks(_node_checks(planned, check_hashes))] if place.local_rank == 0 else []
+            if place.is_main_process:
+                findings += _left_out(has_run=run is not None, has_hostfile=hostfile is not None)
+            # outside of run_checks: a collective that one rank leaves early would make the others wait
+            findings += network.check_devices_against_each_other(place)
+            findings += network.check_pairs(place)
+            findings += network.check_clocks(place)
+            findings += asked.result()
         gathered = distributed.gather_json([socket.gethostname(), [finding.to_json() for finding in findings]])
     finally:
         distributed.stop()
@@ -60,6 +62,12 @@ def examine(
     if place.is_main_process:
         _print_json(report, place) if as_json else _print_report(report, len(by_node), place)
     return 1 if any(finding.level == "red" for finding in report) else 0
+
+
+def _host_checks(place: Place, hostfile: Path | None, ssh_config: Path | None) -> Mapping[str, Check]:
+    if hostfile is None or not place.is_main_process:
+        return {}
+    return {"hostfile": partial(access.check_hostfile, hostfile, ssh_config)}
 
 
 def _node_checks(planned: tuple[RunConfig, RunPlan] | None, check_hashes: bool) -> Mapping[str, Check]:

@@ -26,6 +26,8 @@ DISTRIBUTION = "athanor-pretrain"
 LEAST_SHARED_MEMORY = 1 * GIB  # data workers hand batches over in it; NCCL's rings take some as well
 LEAST_OPEN_FILES = 4096
 PROBE_BYTES = 256 * 2**20
+PROBE_PIECE_BYTES = 32 * 2**20
+PROBE_SECONDS = 5.0  # of writing, and of reading
 SLOW_DISK = 200 * 2**20  # bytes/s
 # Variables that DeepSpeed's launcher puts on command lines, whatever they hold (0.19: PYTHON, MLFLOW, MV2, UCX).
 FORWARDED_BY_DEEPSPEED = ("PYTHON", "MLFLOW", "MV2", "UCX")
@@ -158,18 +160,20 @@ def check_disk(folder: Path, needed_bytes: int | None, checkpoints: int) -> Iter
 
 
 def _disk_speed(folder: Path) -> tuple[float, float]:
-    """Bytes a second, written through to the disk, and read past the page cache where the system allows it."""
-    block = os.urandom(2**20)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as probe:
-        began = time.monotonic()
-        for _ in range(PROBE_BYTES // len(block)):
-            probe.write(block)
-        probe.flush()
-        os.fsync(probe.fileno())
-        write = PROBE_BYTES / (time.monotonic() - began)
+    """Bytes a second, written through to the disk, and read past the page cache where the system allows it.
+
+    A slow disk is told by fewer bytes, not by a longer wait: each piece is on the disk before the clock is looked at.
+    """
+    piece = os.urandom(PROBE_PIECE_BYTES)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", buffering=0) as probe:
+        done, began = 0, time.monotonic()
+        while done < PROBE_BYTES and time.monotonic() - began < PROBE_SECONDS:
+            done += probe.write(piece)
+            os.fdatasync(probe.fileno())
+        write = done / (time.monotonic() - began)
         os.posix_fadvise(probe.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         probe.seek(0)
-        began = time.monotonic()
-        while probe.read(2**20):
-            pass
-        return write, PROBE_BYTES / max(time.monotonic() - began, 1e-9)
+        done, began = 0, time.monotonic()
+        while (data := probe.read(2**20)) and time.monotonic() - began < PROBE_SECONDS:
+            done += len(data)
+        return write, done / max(time.monotonic() - began, 1e-9)

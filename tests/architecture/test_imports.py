@@ -30,5 +30,11 @@ def test_the_plan_is_plain_python(module: str) -> None:
     assert heavy_modules_after(f"import pretrain.{module}") == []
 
 
+def test_a_run_is_checked_without_torch() -> None:
+    """`pretrain check`, and every start by `python -m launch`, would wait seconds for it."""
+    found = heavy_modules_after("import pretrain.check, pretrain.run_plan, pretrain.data.reading_plan")
+    assert set(found) <= {"numpy"}
+
+
 def test_a_heavy_import_is_seen() -> None:
     assert heavy_modules_after("import numpy") == ["numpy"]

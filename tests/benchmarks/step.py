@@ -1,6 +1,6 @@
 """Tokens per second of each engine at 1 and 2 ranks, against the bare loop in the same run.
 
-    python -m tests.benchmarks.step [--rounds 7] [--only WORD ...]
+    python -m tests.benchmarks.step [--rounds 7] [--precision fp32] [--only WORD ...]
 
 Every variant lives in processes of its own and takes turns, step by step, with its reference: sharing a process slows
 one of the two. At 2 ranks the reference is two bare loops that know nothing of each other. Ratios of medians; the
@@ -72,11 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=[""], help="words of which a variant's name holds at least one")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 where the CPU has it")
     arguments = parser.parse_args()
     wanted = [
         variant
         for variant in VARIANTS
-        if variant.parallel is not None and any(word in variant.name for word in arguments.only)
+        if variant.parallel is not None
+        and variant.precision == arguments.precision
+        and any(word in variant.name for word in arguments.only)
     ]
     for reference in dict.fromkeys(variant.reference for variant in wanted):
         compare([variant for variant in wanted if variant.reference == reference], arguments.rounds)

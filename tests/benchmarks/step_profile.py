@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.launch.jobs import SCRIPTS, free_port, run, write_tiny_run
+from tests.launch import jobs
 from tests.pretrain.engines.host_reads import CountReads
 
 FIRST_STEP, STEPS = 4, 8  # profiled; as many again are watched for reads
@@ -61,7 +61,7 @@ def main() -> None:
 def measure(variant: Variant, dataset: Path, folder: Path, layers: int) -> dict[str, Any]:
     """Of rank 0: calls a step by function, and places of reads a step."""
     name = f"{variant.name.replace(' ', '-')}-{layers}"
-    path = write_tiny_run(
+    path = jobs.write_tiny_run(
         folder / f"{name}.yaml",
         data=dataset,
         schedule={"name": "cosine", "total_steps": FIRST_STEP + 2 * STEPS + 1},
@@ -69,10 +69,10 @@ def measure(variant: Variant, dataset: Path, folder: Path, layers: int) -> dict[
         checkpoint={"canary": False},
     )
     found = folder / f"{name}.json"
-    torchrun = [SCRIPTS / "torchrun", "--nproc-per-node", str(variant.ranks), "--master-addr", "127.0.0.1"]
-    words = ["--master-port", free_port(), "-m", "tests.benchmarks.step_profile", "--rank", str(found), str(path)]
+    torchrun = [jobs.SCRIPTS / "torchrun", "--nproc-per-node", str(variant.ranks), "--master-addr", "127.0.0.1"]
+    words = ["--master-port", jobs.free_port(), "-m", "tests.benchmarks.step_profile", "--rank", str(found), str(path)]
     overrides = [*variant.overrides, f"model.num_hidden_layers={layers}"]
-    run([*torchrun, *words, *overrides], log=path.with_suffix(".log"), deadline_seconds=240)
+    jobs.run([*torchrun, *words, *overrides], log=path.with_suffix(".log"), deadline_seconds=240)
     return dict(json.loads(found.read_text(encoding="utf-8")))
 
 
@@ -95,9 +95,9 @@ def tell(variant: Variant, few: dict[str, Any], many: dict[str, Any]) -> None:
 
 def profile_rank(found: Path, arguments: list[str]) -> int:
     """On a rank: train, and write what its steps did."""
-    from pretrain import run as composition
+    from pretrain import run, run_parts
 
-    build_engine = composition.build_engine
+    build_engine = run_parts.build_engine
     profile, reads = cProfile.Profile(), CountReads()
 
     def watched(*given: Any, **named: Any) -> Any:
@@ -117,8 +117,8 @@ def profile_rank(found: Path, arguments: list[str]) -> int:
         engine.train_step = take
         return engine
 
-    composition.build_engine = watched  # type: ignore[assignment]
-    code = composition.train(Path(arguments[0]), arguments[1:], "never")
+    run_parts.build_engine = watched
+    code = run.train(Path(arguments[0]), arguments[1:], "never")
     if os.environ.get("RANK", "0") == "0":
         calls: Counter[str] = Counter()
         for (file, _, function), (_, count, *_) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]

@@ -41,29 +41,30 @@ class Variant:
         return f"bare {self.precision}" + (f" x{self.ranks}" if self.ranks > 1 else "")
 
 
-VARIANTS = (
-    Variant("bare bf16"),
-    Variant("plain", parallel={"engine": "plain"}),
-    Variant("plain compiled", parallel={"engine": "plain"}, execution={"compile": True}),
-    Variant("zero 1", parallel={"engine": "zero"}),
-    Variant("accelerate", parallel={"engine": "accelerate"}),
-    Variant("bare fp32", precision="fp32"),
-    Variant("plain fp32", precision="fp32", parallel={"engine": "plain"}),
-    Variant("bare fp32 x2", ranks=2, precision="fp32"),
-    *(
-        Variant(f"zero {stage} fp32 x2", ranks=2, precision="fp32", parallel={"engine": "zero", "zero_stage": stage})
-        for stage in (1, 2)
-    ),
-    Variant("bare bf16 x2", ranks=2),
-    Variant("zero 1 x2", ranks=2, parallel={"engine": "zero"}),
-    Variant("zero 2 x2", ranks=2, parallel={"engine": "zero", "zero_stage": 2}),
-    Variant("zero 3 x2", ranks=2, parallel={"engine": "zero", "zero_stage": 3}),
-    Variant("accelerate DDP x2", ranks=2, parallel={"engine": "accelerate"}),
-    Variant("accelerate FSDP2 x2", ranks=2, parallel={"engine": "accelerate", "data_parallel": "shard"}),
-    Variant("tensor 2", ranks=2, parallel={"engine": "zero", "tensor": 2}),
-    Variant("sequence 2", ranks=2, parallel={"engine": "zero", "sequence": 2}),
-    Variant("pipeline 2", ranks=2, parallel={"engine": "pipeline", "pipeline": 2}),
-)
+def _variants(precision: str) -> tuple[Variant, ...]:
+    one = (
+        ("bare", None, {}),
+        ("plain", {"engine": "plain"}, {}),
+        ("plain compiled", {"engine": "plain"}, {"compile": True}),
+        *((f"zero {stage}", {"engine": "zero", "zero_stage": stage}, {}) for stage in (1, 2)),
+        ("accelerate", {"engine": "accelerate"}, {}),
+    )
+    two = (
+        ("bare", None),
+        *((f"zero {stage}", {"engine": "zero", "zero_stage": stage}) for stage in (0, 1, 2, 3)),
+        ("accelerate DDP", {"engine": "accelerate"}),
+        ("accelerate FSDP2", {"engine": "accelerate", "data_parallel": "shard"}),
+        ("tensor 2", {"engine": "zero", "tensor": 2}),
+        ("sequence 2", {"engine": "zero", "sequence": 2}),
+        ("pipeline 2", {"engine": "pipeline", "pipeline": 2}),
+    )
+    return (
+        *(Variant(f"{name} {precision}", 1, precision, parallel, execution) for name, parallel, execution in one),
+        *(Variant(f"{name} {precision} x2", 2, precision, parallel) for name, parallel in two),
+    )
+
+
+VARIANTS = (*_variants("bf16"), *_variants("fp32"))
 
 
 def take_step(place: int, number: int) -> float:

@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from launch.processes import die_with_parent
 from tests.distributed.ranks import REPOSITORY
 
 SCRIPTS = Path(sys.executable).parent
@@ -37,7 +39,11 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 def start(
     command: Sequence[str | Path], *, log: Path, changes: Mapping[str, str] | None = None, folder: Path = REPOSITORY
 ) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, so that `end` reaches everything that it starts."""
+    """Start a command in a session of its own, so that `end` reaches everything that it starts.
+
+    It ends with this process, whatever ends that; from a thread it would end with the thread.
+    """
+    assert threading.current_thread() is threading.main_thread()
     with log.open("wb") as output:
         return subprocess.Popen(
             [str(word) for word in command],
@@ -47,6 +53,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=lambda: die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - one thread
         )
 
 

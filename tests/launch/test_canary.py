@@ -23,8 +23,10 @@ pytestmark = [pytest.mark.launch, pytest.mark.ranks, pytest.mark.timeout(900)]
 
 OURS = "canary-of-the-caller-0123456789"
 THEIRS = "canary-of-the-file-0123456789"
-# names that DeepSpeed's, accelerate's and Slurm's own ways would hand on, print, or write down
+# names that the ways of DeepSpeed, accelerate and Slurm would hand on, print, or write down; one that a pattern of ours
+# would, were it no secret
 NAMES = ("MLFLOW_TRACKING_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PYTHON_KEYRING_PASSWORD")
+NAMES += ("UCX_PLUGIN_TOKEN",)
 DEADLINE_SECONDS = 600
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ def test_too_little_room_for_the_checkpoints_is_red(tmp_path: Path, monkeypatch:
     assert found["disk space"] == "red"
     assert found["disk speed"] in ("green", "yellow")
     assert levels(list(machine.check_disk(tmp_path, 1, 3)))["disk space"] == "green"
+
+
+def test_a_slow_disk_is_told_by_fewer_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROBE_PIECE_BYTES", 2**16)
+    monkeypatch.setattr(machine, "PROBE_SECONDS", 0.01)
+    pieces: list[int] = []
+    monkeypatch.setattr(machine.os, "fdatasync", lambda descriptor: pieces.append(descriptor) or time.sleep(0.02))
+    found = list(machine.check_disk(tmp_path, None, 0))
+    assert len(pieces) == 1
+    assert levels(found)["disk speed"] == "yellow"
     assert list(tmp_path.iterdir()) == []
 
 
