@@ -23,8 +23,8 @@ class Choice:
     world_size: int
 
 
-# How to see that a run uses a feature, and the one list of features' names. These change how ranks share the work: every
-# pair of them that is not refused has a parity test.
+# How to see that a run uses a feature, and the one list of their names. These change how ranks share the work:
+# every pair of them that is not refused has a parity test.
 LAYOUT_USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "engine plain": lambda run: run.engine == "plain",
     "engine zero": lambda run: run.engine == "zero",
