@@ -72,7 +72,7 @@ def measure(variant: Variant, dataset: Path, folder: Path, layers: int) -> dict[
     torchrun = [jobs.SCRIPTS / "torchrun", "--nproc-per-node", str(variant.ranks), "--master-addr", "127.0.0.1"]
     words = ["--master-port", jobs.free_port(), "-m", "tests.benchmarks.step_profile", "--rank", str(found), str(path)]
     overrides = [*variant.overrides, f"model.num_hidden_layers={layers}"]
-    jobs.run([*torchrun, *words, *overrides], log=path.with_suffix(".log"), deadline_seconds=240)
+    jobs.run([*torchrun, *words, *overrides], log=path.with_suffix(".log"), deadline_seconds=900)
     return dict(json.loads(found.read_text(encoding="utf-8")))
 
 

@@ -59,6 +59,15 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert "Usage: pretrain" in done.stdout + done.stderr
 
 
+def test_the_end_looks_for_no_garbage_among_what_lives_to_it() -> None:
+    code = (
+        "import atexit, gc, sys; atexit.register(lambda: print('frozen:', gc.get_freeze_count() > 1000));"
+        "from pretrain.__main__ import main; sys.argv[1:] = ['presets']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("frozen: True\n")
+
+
 def test_python_m_pretrain_is_the_same_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pretrain", "check", "absent.yaml"],

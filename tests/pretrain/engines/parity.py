@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -120,11 +121,20 @@ def _keep(cell: Cell, differences: Differences) -> None:
         "layout": str(cell),
         "precision": cell.case.precision,
         "ranks": cell.ranks,
+        "commit": _commit(),
         **asdict(differences),
         "state": state,
     }
     with FINDINGS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finding) + "\n")
+
+
+@cache
+def _commit() -> str:
+    """Of the code that gave the numbers, as far as git knows it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -136,16 +146,18 @@ def main() -> None:
         "Written by `python -m tests.pretrain.engines.parity` from the findings of the tests: five steps on packed",
         "documents with clipping active, then one evaluation. Largest relative differences; of weights and moments the",
         "norm of the difference over the norm. State: bytes of weights, gradients, masters and moments of one rank as",
-        "`pretrain check` predicts them, which `test_memory_of_engines.py` holds against what the ranks hold.",
+        "`pretrain check` predicts them, which `test_memory_of_engines.py` holds against what the ranks hold. At: the",
+        "commit of the code that gave the numbers.",
         "",
-        "| layout | ranks | loss | gradient norm | weights | moments | state bytes a rank |",
-        "|---|---|---|---|---|---|---|",
+        "| layout | ranks | loss | gradient norm | weights | moments | state bytes a rank | at |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     layouts = sorted(str(cell) for cell in CELLS)
     for layout in [layout for layout in layouts if layout in found]:
         row = found[layout]
         numbers = " | ".join(f"{row[key]:.1e}" for key in ("loss", "gradient_norm", "weights", "moments"))
-        lines.append(f"| {layout.rpartition(' ')[0] or 'usual'} | {row['ranks']} | {numbers} | {row['state']:,} |")
+        name, commit = layout.rpartition(" ")[0] or "usual", row.get("commit", "earlier")
+        lines.append(f"| {name} | {row['ranks']} | {numbers} | {row['state']:,} | {commit} |")
     missing = [layout for layout in layouts if layout not in found]
     if missing:
         lines += ["", "Not run: " + "; ".join(missing) + "."]
