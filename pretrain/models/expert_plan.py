@@ -18,6 +18,10 @@ def expert_problems(expert: int, shape: Architecture) -> Iterator[Problem]:
     """Why a model's experts cannot be shared by so many ranks."""
     if expert == 1:
         return
+    if not shape.experts:  # as where model.mlp_only_layers names every layer
+        found = f"parallel.expert is {expert}, but no layer of the model has experts"
+        yield Problem(found, "1", "set parallel.expert=1")
+        return
     if shape.model_type not in EXPERT_FAMILIES:
         yield Problem(
             f"parallel.expert = {expert} with model_type {shape.model_type}, whose shared experts were not compared "
@@ -33,6 +37,3 @@ def expert_problems(expert: int, shape: Architecture) -> Iterator[Problem]:
             f"a size that divides them; the largest below {expert} is {fitting}",
             f"set parallel.expert={fitting}",
         )
-    elif not shape.experts:  # as where model.mlp_only_layers names every layer
-        found = f"parallel.expert is {expert}, but no layer of the model has experts"
-        yield Problem(found, "1", "set parallel.expert=1")

@@ -53,7 +53,7 @@ def train_with_changes(dataset: Path, folder: Path) -> tuple[list[float], list[f
 def _train(path: Path, leg: Leg, stop_at_step: int) -> None:
     torchrun = [SCRIPTS / "torchrun", "--nproc-per-node", str(leg.ranks), "--master-addr", "127.0.0.1"]
     words = [*torchrun, "--master-port", free_port(), "-m", "pretrain", "train", str(path), *leg.overrides]
-    run([*words, f"schedule.stop_at_step={stop_at_step}"], log=path.with_suffix(".log"), deadline_seconds=240)
+    run([*words, f"schedule.stop_at_step={stop_at_step}"], log=path.with_suffix(".log"), deadline_seconds=900)
 
 
 def _losses(run_folder: Path) -> list[float]:
