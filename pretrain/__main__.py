@@ -230,6 +230,18 @@ def track(
 
 
 @app.command()
+def infill(
+    source: Source,
+    text: Annotated[list[str], typer.Option("--text", "-t", help="With <extra_id_0>, <extra_id_1>, ... for gaps.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most, sentinels included.")] = 64,
+) -> None:
+    """Fill the gaps of texts with an encoder-decoder."""
+    from pretrain.inference.infill import infill_from
+
+    typer.echo("\n\n".join(infill_from(source, text, max_new_tokens=max_new_tokens)))
+
+
+@app.command()
 def export(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],

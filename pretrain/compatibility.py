@@ -56,6 +56,7 @@ OTHER_USES: Mapping[Feature, Callable[[Choice], bool]] = {
     "liger's kernels": lambda run: run.config.execution.kernels == "liger",
     "a DeepSpeed file": lambda run: run.config.parallel.deepspeed_config is not None,
     "LoRA": lambda run: run.config.model.lora is not None,
+    "an encoder-decoder": lambda run: run.config.data.span_corruption is not None,
 }
 USES: Mapping[Feature, Callable[[Choice], bool]] = {**LAYOUT_USES, **OTHER_USES}
 

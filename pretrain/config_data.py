@@ -55,12 +55,34 @@ class FillInTheMiddleSection(Section):
     suffix: str
 
 
+class SpanCorruptionSection(Section):
+    """Spans of each row are what an encoder-decoder learns to write; see data/span_corruption.py."""
+
+    noise_density: float = Field(default=0.15, gt=0, lt=1)  # share of a row's tokens that is taken out
+    mean_span_tokens: float = Field(default=3.0, ge=1)
+
+    def counts(self, tokens: int) -> tuple[int, int]:
+        """Tokens taken out of a row of so many (at least two), and the spans that they make."""
+        noise = min(max(round(tokens * self.noise_density), 1), tokens - 1)
+        return noise, min(max(round(noise / self.mean_span_tokens), 1), noise, tokens - noise)
+
+    def lengths(self, tokens: int) -> tuple[int, int]:
+        """Tokens that the encoder reads and the decoder writes of a row: a sentinel for each span, and EOS."""
+        if tokens < 2:
+            return tokens + 1, 1
+        noise, spans = self.counts(tokens)
+        return tokens - noise + spans + 1, noise + spans + 1
+
+
 class DataSection(Section):
     """What to read."""
 
     train: TrainingData  # a dataset folder or its URL (s3, gs, hf, http, https, file), or a list of sources
     mixture: MixtureSection = MixtureSection()
     fill_in_the_middle: FillInTheMiddleSection | None = None
+    span_corruption: SpanCorruptionSection | None = (
+        None  # for encoder-decoders, which need it; null: no spans are taken
+    )
     validation: dict[str, str] = Field(default_factory=dict)  # name -> dataset folder or URL
     cache: str | None = None  # folder on a local disk of each node that keeps what is fetched from URLs
     cache_max_bytes: int | None = Field(default=None, gt=0)  # then datasets that nobody uses go; null: no limit

@@ -176,7 +176,8 @@ def _write_configs(
     if tokenizer is not None and not imported:
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+        if not config.is_encoder_decoder:  # whose decoder starts with it, whatever it is
+            config.pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
     if imported and imported["generation_config"] is not None:
         # as it came: transformers loads published ones that it would not save (Llama 2's has top_p without sampling)
@@ -184,9 +185,10 @@ def _write_configs(
         (folder / "generation_config.json").write_text(text, encoding="utf-8")
         return
     GenerationConfig(
-        bos_token_id=config.bos_token_id,
+        bos_token_id=getattr(config, "bos_token_id", None),  # encoder-decoders know none
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id if config.pad_token_id is not None else config.eos_token_id,
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
     ).save_pretrained(folder)
 
 
@@ -196,6 +198,8 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path, tokenizer: PreTrained
     if source is None or tokenizer is None:
         return
     tokenizer.save_pretrained(folder)
+    if "spans" in checkpoint.manifest.metadata:
+        return  # the run's own files lack the sentinels
     for file in source.iterdir():
         if file.is_file():
             shutil.copyfile(file, folder / file.name)

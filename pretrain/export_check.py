@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from pretrain.checkpoint.fragments import element_count
 from pretrain.checkpoint.reader import Checkpoint
@@ -18,6 +18,7 @@ from pretrain.errors import CheckpointError, ConfigError, Problem
 from pretrain.export_weights import DTYPES, Files, blocks
 from pretrain.inference.load import load_network
 from pretrain.models.build import build_on_meta
+from pretrain.models.configuration import auto_class
 from pretrain.models.weight_files import WeightFiles, open_weights
 from pretrain.models.weights import match_weights
 
@@ -63,13 +64,15 @@ def check_logits(checkpoint: Checkpoint, folder: Path, types: Mapping[str, str])
     tokens = min(CHECKED_TOKENS, getattr(network.config, "max_position_embeddings", CHECKED_TOKENS))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(network.config.vocab_size, (CHECKED_ROWS, tokens), generator=generator)
-    master = network(input_ids=ids, use_cache=False).logits
+    read = {"decoder_input_ids": ids.flip(0)} if network.config.is_encoder_decoder else {}
+    master = network(input_ids=ids, **read, use_cache=False).logits
     for name, weight in network.named_parameters():
         weight.copy_(weight.to(DTYPES[types[name]][0]))
-    expected = network(input_ids=ids, use_cache=False).logits
+    expected = network(input_ids=ids, **read, use_cache=False).logits
+    loader = auto_class(network.config)
     del network
-    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    found = exported(input_ids=ids, use_cache=False).logits
+    exported = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    found = exported(input_ids=ids, **read, use_cache=False).logits
     if not torch.equal(found, expected):
         difference = float((found - expected).abs().max())
         raise _failed(f"logits of the exported model differ from the trained ones by up to {difference:.3g}")

@@ -75,6 +75,14 @@ def import_folder(source: Path, output: Path, *, file_bytes: int = FILE_BYTES) -
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(Problem(f"{output} exists", "a new or an empty folder", "choose another --output"))
     config = read_folder_config(source)
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            Problem(
+                f"{source} is an encoder-decoder, whose published sentinels have other ids than ours",
+                "a decoder",
+                "train an encoder-decoder from its start",
+            )
+        )
     network = build_on_meta(config)
     files = WeightFiles(source)
     problems = list(_tokenizer_problems(source, config))

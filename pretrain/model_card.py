@@ -29,13 +29,16 @@ def model_card(checkpoint: Checkpoint, name: str, types: Mapping[str, str]) -> s
         "Results": _result_lines(checkpoint),
         "Software": [f"- {package} {version}" for package, version in checkpoint.manifest.versions.items()],
     }
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {name}", ""]
-    lines += ["A base language model: it continues text and was not trained to follow instructions.", ""]
+    is_encoder_decoder = checkpoint.manifest.metadata["model_config"].get("is_encoder_decoder", False)
+    task = "text2text-generation" if is_encoder_decoder else "text-generation"
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "---", f"# {name}", ""]
+    act = "writes what <extra_id_0>, <extra_id_1>, ... stand for in a text" if is_encoder_decoder else "continues text"
+    lines += [f"A base language model: it {act} and was not trained to follow instructions.", ""]
     for title, content in sections.items():
         rows = list(content)
         if rows:
             lines += [f"## {title}", "", *rows, ""]
-    return "\n".join([*lines, "## Use", "", *_use_lines(name), ""])
+    return "\n".join([*lines, "## Use", "", *_use_lines(name, is_encoder_decoder=is_encoder_decoder), ""])
 
 
 def _model_lines(checkpoint: Checkpoint, types: Mapping[str, str]) -> Iterator[str]:
@@ -115,14 +118,16 @@ def _metrics(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return list(kinds.values())
 
 
-def _use_lines(name: str) -> list[str]:
+def _use_lines(name: str, *, is_encoder_decoder: bool) -> list[str]:
+    kind = "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
+    text = "Once <extra_id_0> a time" if is_encoder_decoder else "Once upon a time"
     return [
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind}, AutoTokenizer",
         "",
         f'folder = "{name}"',
-        "tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)",
-        'prompt = tokenizer("Once upon a time", return_tensors="pt", add_special_tokens=False)',
+        f"tokenizer, model = AutoTokenizer.from_pretrained(folder), {kind}.from_pretrained(folder)",
+        f'prompt = tokenizer("{text}", return_tensors="pt", add_special_tokens=False)',
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=True)[0]))",
         "```",
     ]

@@ -99,6 +99,17 @@ _LORA_ON_WHOLE_MODELS = Refusal(
     change="set parallel.zero_stage=2 and all sizes of parallel to 1, or leave model.lora out",
 )
 
+_SPANS_UNDER_TWO_ENGINES = Refusal(
+    reason="encoder-decoders are trained by the plain and zero engines, whole on every rank or cut by ZeRO",
+    allowed="the plain engine, ZeRO 0 to 3",
+    change="set parallel.engine=zero and all sizes of parallel to 1",
+)
+_SPANS_WERE_NOT_OFFLOADED = Refusal(
+    reason="not shown to give the right numbers",
+    allowed="none",
+    change="set parallel.offload_optimizer=none and parallel.offload_parameters=none",
+)
+
 # What has a feature has the other one too, and with it what the table refuses to that one.
 IMPLIED: Mapping[Feature, Feature] = {
     "engine pipeline": "pipeline parallelism",
@@ -246,6 +257,33 @@ REFUSED: Mapping[tuple[Feature, Feature], Refusal] = {
         reason="adapters are put into layers after these were marked for compilation, which was never tried",
         allowed="execution.compile: false",
         change="set execution.compile=false, or leave model.lora out",
+    ),
+    ("an encoder-decoder", "engine accelerate"): _SPANS_UNDER_TWO_ENGINES,
+    ("an encoder-decoder", "tensor parallelism"): _SPANS_UNDER_TWO_ENGINES,
+    ("an encoder-decoder", "pipeline parallelism"): _SPANS_UNDER_TWO_ENGINES,
+    ("an encoder-decoder", "sequence parallelism"): _SPANS_UNDER_TWO_ENGINES,
+    ("an encoder-decoder", "expert parallelism"): _SPANS_UNDER_TWO_ENGINES,
+    ("an encoder-decoder", "optimizer offload"): _SPANS_WERE_NOT_OFFLOADED,
+    ("an encoder-decoder", "parameter offload"): _SPANS_WERE_NOT_OFFLOADED,
+    ("an encoder-decoder", "precision fp16"): Refusal(
+        reason="not shown to give the right numbers, and T5's activations are known to overflow in it",
+        allowed="fp32, bf16",
+        change="set precision=bf16",
+    ),
+    ("an encoder-decoder", "liger's kernels"): Refusal(
+        reason="never compared with plain",
+        allowed="execution.kernels: torch",
+        change="set execution.kernels=torch",
+    ),
+    ("an encoder-decoder", "compiled layers"): Refusal(
+        reason="never compared with layers that are not compiled",
+        allowed="execution.compile: false",
+        change="set execution.compile=false",
+    ),
+    ("an encoder-decoder", "LoRA"): Refusal(
+        reason="adapters were tried in decoders alone",
+        allowed="one of the two",
+        change="set model.lora=null",
     ),
     ("optimizer offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,
     ("parameter offload", "engine plain"): _OFFLOAD_IS_OF_ZERO,

@@ -16,6 +16,7 @@ import torch
 from pretrain import distributed
 from pretrain.checkpoint.inspection import select_checkpoint
 from pretrain.checkpoint.manifest import read_manifest
+from pretrain.config_data import SpanCorruptionSection
 from pretrain.errors import ConfigError, Problem
 from pretrain.inference.evaluate import Evaluation, evaluate_datasets
 from pretrain.inference.evaluate_tasks import evaluate_tasks
@@ -81,18 +82,29 @@ def quantize(
 
 def _measure(request: EvaluationRequest, evaluation: Evaluation) -> Iterator[Measured]:
     settings = _settings(request.source, request.data, request.split)
-    yield from evaluate_datasets(evaluation, max_rows=request.max_rows, **settings)
+    spans = _spans(request.source)
+    yield from evaluate_datasets(evaluation, max_rows=request.max_rows, spans=spans, **settings)
 
 
 def _settings(source: Path, data: Sequence[str], split: str) -> dict[str, Any]:
     """What is to be read: the given datasets, else those of the run, as the run reads them."""
-    run = {} if is_hugging_face_folder(source) else read_manifest(select_checkpoint(source)).metadata
-    config: dict[str, Any] = run.get("run_config", {})
+    config = _run_config(source)
     return {
         "datasets": _named(data, split) if data else config.get("data", {}).get("validation", {}),
         "sequence_length": config.get("batch", {}).get("sequence_length"),
         "cache": config.get("data", {}).get("cache"),
     }
+
+
+def _spans(source: Path) -> SpanCorruptionSection | None:
+    values = _run_config(source).get("data", {}).get("span_corruption")
+    return SpanCorruptionSection.model_validate(values) if values else None
+
+
+def _run_config(source: Path) -> dict[str, Any]:
+    run = {} if is_hugging_face_folder(source) else read_manifest(select_checkpoint(source)).metadata
+    config: dict[str, Any] = run.get("run_config", {})
+    return config
 
 
 def _named(given: Sequence[str], split: str) -> dict[str, str]:

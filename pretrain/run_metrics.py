@@ -50,8 +50,12 @@ class SourceValues:
         self._rows = parts.rows
         folder = parts.config.folder / tokenizer_folder.FOLDER
         validation = parts.data.validation.items()
-        self._bytes = [bytes_per_token(source, folder) for source in parts.rows.sources]
-        self._validation_bytes = {name: bytes_per_token(source, folder) for name, source in validation}
+        # an encoder-decoder's loss is not that of the whole text
+        is_of_all_text = parts.config.data.span_corruption is None
+        self._bytes = [bytes_per_token(source, folder) if is_of_all_text else None for source in parts.rows.sources]
+        self._validation_bytes = {
+            name: bytes_per_token(source, folder) for name, source in validation if is_of_all_text
+        }
 
     def of_training(self, progress: Progress, loss: float) -> dict[str, Value]:
         """What each source has given, and the loss a byte of their mixture so far."""

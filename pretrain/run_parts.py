@@ -152,8 +152,18 @@ def stored_metadata(parts: RunParts, reporter: Reporter, guard: Guard, progress:
         "guard": guard.state(),
         "trackers": reporter.tracker_state(),
         "run_config": parts.config.model_dump(mode="json"),
+        **_spans_record(parts),
         **lora_record(parts.config.model, engine.parameter_shapes()),
     }
+
+
+def _spans_record(parts: RunParts) -> dict[str, Any]:
+    """Which ids stand for spans, so that text with sentinels can be given to the model and exported with it."""
+    corruption = parts.data.training[0].span_corruption
+    if corruption is None:
+        return {}
+    _, count = corruption.section.counts(parts.config.batch.sequence_length)
+    return {"spans": {"first_sentinel": corruption.first_sentinel, "count": count}}
 
 
 def build_run_engine(

@@ -19,7 +19,13 @@ from pretrain.engines.deepspeed_config import ownership_problems, read_deepspeed
 from pretrain.engines.deepspeed_refusals import refused_keys
 from pretrain.engines.pipeline_settings import pipeline_file_problems
 from pretrain.errors import ConfigError, Problem
-from pretrain.models.architecture import Architecture, UnknownFamily, resolve_architecture
+from pretrain.models.architecture import (
+    ENCODER_DECODERS,
+    Architecture,
+    UnknownFamily,
+    model_type_and_fields,
+    resolve_architecture,
+)
 from pretrain.models.expert_plan import expert_problems
 from pretrain.models.flops import TokenFlops, count_flops
 from pretrain.models.fused_kernels import kernel_problems
@@ -168,12 +174,47 @@ def _model_problems(
 ) -> Iterator[Problem]:
     """Why this model cannot be shared as the run wants; `fewest` micro-batches of a step, if that is known."""
     yield from _lora_problems(config)
+    yield from _span_problems(config)
     yield from sequence_problems(config, shape)
     yield from pipeline_problems(config, engine, shape, fewest)
     yield from kernel_problems(config, shape)
     if shape is not None:
         yield from tensor_problems(config.parallel.tensor, shape)
         yield from expert_problems(config.parallel.expert, shape)
+
+
+def _span_problems(config: RunConfig) -> Iterator[Problem]:
+    """Encoder-decoders learn from spans, and nothing else does."""
+    try:
+        is_encoder_decoder = model_type_and_fields(config.model)[0] in ENCODER_DECODERS
+    except ConfigError:
+        return  # told where the model's shape is found
+    if is_encoder_decoder and config.data.span_corruption is None:
+        yield Problem(
+            "an encoder-decoder and no data.span_corruption",
+            "data.span_corruption: what its decoder writes",
+            "set data.span_corruption={}",
+        )
+    if not is_encoder_decoder and config.data.span_corruption is not None:
+        yield Problem(
+            "data.span_corruption and a model without an encoder",
+            f"models of type {', '.join(sorted(ENCODER_DECODERS))}",
+            "leave data.span_corruption out",
+        )
+    if is_encoder_decoder and config.model.weights is not None:
+        yield Problem(
+            f"model.weights {config.model.weights} of an encoder-decoder, whose sentinels may have other ids than ours",
+            "model.model_type and its fields",
+            "train it from its start",
+        )
+    if is_encoder_decoder and config.evaluation.tasks:
+        yield Problem(
+            "evaluation.tasks of an encoder-decoder, which continues no text", "none", "set evaluation.tasks=[]"
+        )
+    if config.data.span_corruption is not None and config.data.fill_in_the_middle is not None:
+        yield Problem(
+            "data.span_corruption and data.fill_in_the_middle are both given", "one of them", "leave one of them out"
+        )
 
 
 def _lora_problems(config: RunConfig) -> Iterator[Problem]:
@@ -222,7 +263,7 @@ def _shape_and_count(config: RunConfig, warnings: list[str]) -> tuple[Architectu
             f"model_type {family} is not in pretrain/models/families.py: parameters were counted on a model built "
             "without memory (slow), activations are estimated as a Llama's"
         )
-        return measure_model(config.model, config.batch.sequence_length)
+        return measure_model(config.model, config.batch.sequence_length, config.data.span_corruption)
     return shape, count_parameters(shape)
 
 

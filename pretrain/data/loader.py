@@ -14,6 +14,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from data_tools.token_shards import Row
 from pretrain.batch_plan import BatchPlan
 from pretrain.data.batch_buffers import BatchBuffers
 from pretrain.data.micro_batch import build_micro_batch, empty_row
@@ -94,11 +95,11 @@ class TrainingLoader:
         return self._pending.popleft().result()
 
     def _build(self, locations: list[Location]) -> Batch:
-        batch = build_micro_batch(self._rows.read(locations), self._rows.sequence_length, self._buffers)
+        batch = self._rows.batch(locations, self._rows.read(locations), self._buffers)
         if len(self._rows.sources) > 1:
             sources = torch.tensor([location.source for location in locations])
             batch = replace(batch, sources=sources, source_count=len(self._rows.sources))
-        return _pinned(batch) if self._pins else batch
+        return batch.with_tensors(torch.Tensor.pin_memory) if self._pins else batch
 
 
 def evaluation_batches(
@@ -121,7 +122,15 @@ def evaluation_batches(
     for own in rank_rounds(row_count, micro_batch_size, rank, data_parallel_size):
         rows = [source.row(index) for index in own]
         rows += [empty_row(source.sequence_length)] * (micro_batch_size - len(rows))
-        yield build_micro_batch(rows, source.sequence_length)
+        yield evaluation_batch(source, own, rows)
+
+
+def evaluation_batch(source: OpenedSource, own: range, rows: Sequence[Row]) -> Batch:
+    """The micro-batch of these rows of a validation set; rows beyond them are padding."""
+    if source.span_corruption is None:
+        return build_micro_batch(rows, source.sequence_length)
+    keys = [("validation", index) for index in own]  # each row has spans of its own, the same in every evaluation
+    return source.span_corruption.build(rows, keys, source.sequence_length)
 
 
 def order_batches(
@@ -138,11 +147,10 @@ def order_batches(
         DataError: a row cannot be read.
     """
     for own in rank_rounds(len(places), micro_batch_size, rank, data_parallel_size):
-        read = (
-            rows.read(rows.locate_in_order(np.array([places[number] for number in own], dtype=np.int64))) if own else []
-        )
+        locations = rows.locate_in_order(np.array([places[number] for number in own], dtype=np.int64)) if own else []
+        read = rows.read(locations)
         read += [empty_row(rows.sequence_length)] * (micro_batch_size - len(read))
-        yield build_micro_batch(read, rows.sequence_length)
+        yield rows.batch(locations, read)
 
 
 def rank_rounds(count: int, micro_batch_size: int, rank: int, data_parallel_size: int) -> Iterator[range]:
@@ -166,14 +174,3 @@ def _micro_batches_from(
         for first in range(0, len(locations), size):
             yield locations[first : first + size]
         samples_consumed += plan.global_batch_at(samples_consumed)
-
-
-def _pinned(batch: Batch) -> Batch:
-    return replace(
-        batch,
-        input_ids=batch.input_ids.pin_memory(),
-        labels=batch.labels.pin_memory(),
-        position_ids=batch.position_ids.pin_memory(),
-        cumulative_lengths=batch.cumulative_lengths.pin_memory(),
-        sources=None if batch.sources is None else batch.sources.pin_memory(),
-    )

@@ -23,7 +23,7 @@ def build_micro_batch(rows: Sequence[Row], sequence_length: int, buffers: BatchB
     for row_ids, row_labels, row in zip(ids, labels, rows, strict=True):
         row_ids[:] = row.tokens
         row_labels[:-1] = row.tokens[1:]  # from there: to copy from ids, whole pages away, takes ten times as long
-    borders = _borders(rows, sequence_length)
+    borders = document_borders(rows, sequence_length)
     starts, lengths = borders[:-1], borders[1:] - borders[:-1]
 
     flat_labels = labels.reshape(-1)
@@ -55,7 +55,7 @@ def empty_row(sequence_length: int) -> Row:
     return Row(np.zeros(sequence_length, np.uint16), None, np.zeros(0, np.int32), 0)
 
 
-def _borders(rows: Sequence[Row], sequence_length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def document_borders(rows: Sequence[Row], sequence_length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Where documents start in the flattened rows, then the end; padding counts as a document."""
     pieces = [row.starts for row in rows]
     counts = [len(piece) for piece in pieces]

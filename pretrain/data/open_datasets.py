@@ -31,6 +31,7 @@ from pretrain.data.mixture_plan import (
     source_name,
 )
 from pretrain.data.sentinels import build_fill_in_the_middle
+from pretrain.data.span_corruption import SpanCorruption
 from pretrain.data.staging import StagedData, stage_remote
 from pretrain.errors import DataError, Problem
 
@@ -44,6 +45,7 @@ class OpenedSource:
     dataset: TokenDataset
     sequence_length: int  # tokens a row
     rows: int
+    span_corruption: SpanCorruption | None = None  # of what an encoder-decoder reads
     row_limit: int | None = None  # rows that it may give to training; None: it is read again and again
 
     def row(self, index: int) -> Row:
@@ -121,6 +123,15 @@ def open_datasets(
         except DataError as error:
             problems += error.problems
     problems += _vocabulary_problems(opened, vocabulary_size)
+    if data.span_corruption is not None and opened:
+        first = next(iter(opened.values())).dataset.manifest  # all have one tokenizer
+        corruption = SpanCorruption(
+            section=data.span_corruption,
+            first_sentinel=first.vocabulary_size,
+            eos_id=first.eos_id,
+        )
+        problems += _sentinel_problems(corruption, sequence_length, vocabulary_size)
+        opened = {place: replace(source, span_corruption=corruption) for place, source in opened.items()}
     problems += _tokenizer_problems(opened, data.tokenizer)
     fill_in_the_middle = None
     try:
@@ -195,6 +206,19 @@ def _vocabulary_problems(opened: Mapping[str, OpenedSource], vocabulary_size: in
         if needed > vocabulary_size:
             found = f"{place} has a vocabulary of {needed} ids, the model one of {vocabulary_size}"
             yield Problem(found, f"a model with at least {needed}", f"set model.vocab_size={needed}")
+
+
+def _sentinel_problems(corruption: SpanCorruption, sequence_length: int, vocabulary_size: int) -> Iterator[Problem]:
+    if sequence_length < 2:
+        yield Problem("a row of one token has no span to take out", "two or more", "raise batch.sequence_length")
+        return
+    needed = corruption.first_sentinel + corruption.section.counts(sequence_length)[1]
+    if needed > vocabulary_size:
+        yield Problem(
+            f"a row's spans need sentinels up to id {needed - 1}, the model's vocabulary has {vocabulary_size} ids",
+            f"a model with at least {needed}",
+            f"set model.vocab_size={needed}, or the next number that your device likes",
+        )
 
 
 def _tokenizer_problems(opened: Mapping[str, OpenedSource], tokenizer: str | None) -> Iterator[Problem]:

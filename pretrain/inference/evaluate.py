@@ -6,7 +6,7 @@ Owns what is measured, document by document; means and intervals are measures.py
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,15 +18,15 @@ from transformers import PreTrainedModel
 from data_tools.token_shards import Row
 from pretrain import distributed
 from pretrain.config import ExecutionSection, LossSection
-from pretrain.config_data import DataSection
-from pretrain.data.loader import rank_rounds
-from pretrain.data.micro_batch import build_micro_batch, empty_row
+from pretrain.config_data import DataSection, SpanCorruptionSection
+from pretrain.data.loader import evaluation_batch, rank_rounds
+from pretrain.data.micro_batch import document_borders, empty_row
 from pretrain.data.open_datasets import OpenedSource, open_datasets
 from pretrain.errors import ConfigError, DataError, Problem
 from pretrain.inference.load import LoadedModel
 from pretrain.inference.measures import Measured
 from pretrain.inference.token_bytes import bytes_of_tokens
-from pretrain.models.batch import IGNORED_LABEL, Batch, TargetScores
+from pretrain.models.batch import IGNORED_LABEL, Batch, SpanBatch, TargetScores
 from pretrain.models.training_model import TrainingModel
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,10 @@ class Evaluation:
         """Get a loaded model ready."""
         return cls(
             model=TrainingModel(loaded.network, execution=ExecutionSection(), loss=LossSection()).eval(),
-            bytes_of_tokens=bytes_of_tokens(loaded.tokenizer, loaded.network.config.vocab_size),
+            # an encoder-decoder's loss is not that of the whole text
+            bytes_of_tokens=None
+            if loaded.network.config.is_encoder_decoder
+            else bytes_of_tokens(loaded.tokenizer, loaded.network.config.vocab_size),
             device=device,
             rows_at_a_time=rows_at_a_time,
         )
@@ -62,11 +65,12 @@ def evaluate_datasets(
     sequence_length: int | None,
     max_rows: int | None = None,
     cache: str | None = None,
+    spans: SpanCorruptionSection | None = None,
 ) -> Iterator[Measured]:
     """Measure a model on each dataset (name -> folder or URL, its validation split). Every rank must iterate on.
 
     Packed data is read in its own rows, other data in rows of `sequence_length` tokens. What lies behind URLs is staged
-    into the folder `cache`.
+    into the folder `cache`. `spans` are those that an encoder-decoder was trained on; null: the defaults.
 
     Raises:
         ConfigError: no dataset is named.
@@ -77,6 +81,8 @@ def evaluate_datasets(
     # not validated: a run must name training data, an evaluation has none
     section = DataSection.model_construct(train=[], validation=dict(datasets), cache=cache)
     network = evaluation.model.network
+    if network.config.is_encoder_decoder:
+        section = section.model_copy(update={"span_corruption": spans or SpanCorruptionSection()})
     opened = open_datasets(
         section,
         sequence_length=sequence_length or DEFAULT_SEQUENCE_LENGTH,
@@ -140,9 +146,9 @@ def _measure_rows(evaluation: Evaluation, data: OpenedSource, own: range) -> NDA
     length = data.sequence_length
     # short micro-batches are filled up: all have one shape, so that a kernel sums them in one order
     padded = rows + [empty_row(length)] * (evaluation.rows_at_a_time - len(rows))
-    batch = build_micro_batch(padded, length)
+    batch = evaluation_batch(data, own, padded)
     pieces = np.concatenate([_pieces_of(data, number, row) for number, row in zip(own, rows, strict=True)])
-    owners, batch = _with_owners(batch, evaluation.device)
+    owners, batch = _with_owners(batch, padded, length, evaluation.device)
     evaluation.model(batch.to(evaluation.device))
     assert batch.scores is not None
     # pieces of padding own no targets; those behind the last row are not even listed
@@ -158,7 +164,7 @@ def _measure_rows(evaluation: Evaluation, data: OpenedSource, own: range) -> NDA
 
 
 def _pieces_of(data: OpenedSource, number: int, row: Row) -> NDArray[np.float64]:
-    """One line a piece of a row, padding included (offset -1), as Batch.cumulative_lengths cuts them."""
+    """One line a piece of a row, padding included (offset -1), as document_borders cuts them."""
     pieces = np.zeros((len(row.starts) + (row.used < data.sequence_length), len(_Piece.COLUMNS)))
     pieces[:, _Piece.ROW] = number
     pieces[:, _Piece.OFFSET] = -1
@@ -169,11 +175,16 @@ def _pieces_of(data: OpenedSource, number: int, row: Row) -> NDArray[np.float64]
     return pieces
 
 
-def _with_owners(batch: Batch, device: torch.device) -> tuple[NDArray[np.int64], Batch]:
-    lengths = np.diff(batch.cumulative_lengths.numpy())
-    owners = np.repeat(np.arange(len(lengths)), lengths)
+def _with_owners(
+    batch: Batch, rows: Sequence[Row], length: int, device: torch.device
+) -> tuple[NDArray[np.int64], Batch]:
+    """Whose piece each label is of, flat, and the micro-batch that adds up by them."""
+    lengths = np.diff(document_borders(rows, length))
+    owners = np.repeat(np.arange(len(lengths)), lengths).reshape(len(rows), length)
+    if isinstance(batch, SpanBatch):
+        owners = np.take_along_axis(owners, batch.places.numpy(), 1)
     scores = TargetScores(
-        owners=torch.from_numpy(owners).view(batch.labels.shape),
+        owners=torch.from_numpy(owners),
         sums=torch.zeros((len(lengths), 2), dtype=torch.float64, device=device),
     )
-    return owners, replace(batch, scores=scores)
+    return owners.ravel(), replace(batch, scores=scores)

@@ -18,7 +18,7 @@ from pretrain.inference.generate import answer_requests
 from pretrain.inference.harness import TaskRequest, load_tasks, run_tasks
 from pretrain.inference.load import LoadedModel
 from pretrain.inference.questions import Question, Scorer, build_question_rows
-from pretrain.inference.requests import Request
+from pretrain.inference.requests import Request, require_decoder
 from pretrain.inference.sampling import Sampling
 from pretrain.models.evaluation import sum_losses
 from pretrain.models.training_model import TrainingModel
@@ -45,6 +45,7 @@ def evaluate_tasks(
     Raises:
         EvaluationFailed: on all ranks, where tasks are unknown or their data or code fails.
     """
+    require_decoder(loaded)
     scorer = Scorer(
         forward=lambda batches: sum_losses(model, batches, device),
         device=device,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -29,6 +29,7 @@ from pretrain.checkpoint.manifest import MANIFEST_NAME
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.errors import CheckpointError, Problem
 from pretrain.inference.quantized_folder import is_quantized_folder, load_quantized
+from pretrain.models.configuration import auto_class
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,9 @@ def load_network(
     checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """Build the network and fill it from the master weights, one tensor in memory besides it."""
+    config = read_model_config(checkpoint)
     with no_init_weights(), torch.device(device):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(read_model_config(checkpoint), dtype=dtype)
+        network: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     network.tie_weights()
     weights = dict(network.named_parameters())
     checkpoint.require_model({name: tuple(weight.shape) for name, weight in weights.items()})
@@ -139,6 +141,27 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
                 f"use the tokenizer of the training data: {folder} is not it",
             )
         )
+    spans = checkpoint.manifest.metadata.get("spans")
+    return with_sentinels(tokenizer, spans["first_sentinel"], spans["count"]) if spans else tokenizer
+
+
+def with_sentinels(tokenizer: PreTrainedTokenizerBase, first: int, count: int) -> PreTrainedTokenizerBase:
+    """The tokenizer with <extra_id_0>, <extra_id_1>, ..., whose ids are those that training gave the spans.
+
+    Raises:
+        CheckpointError: it has no room for them there.
+    """
+    names = [f"<extra_id_{number}>" for number in range(count)]
+    tokenizer.add_special_tokens({"extra_special_tokens": names})
+    found = tokenizer.convert_tokens_to_ids(names)
+    if found != list(range(first, first + count)):
+        raise CheckpointError(
+            Problem(
+                f"sentinels get the ids {found[0]} to {found[-1]}, training gave them {first} to {first + count - 1}",
+                "a tokenizer with as many tokens as the data's vocabulary",
+                "use the tokenizer of the training data",
+            )
+        )
     return tokenizer
 
 
@@ -164,7 +187,8 @@ def _load_exported(folder: Path, *, dtype: torch.dtype, device: torch.device | s
     """Load a Hugging Face folder; transformers only warns of missing weights, here they are an error."""
     if is_quantized_folder(folder):
         return load_quantized(folder, dtype=dtype, device=device)
-    network, report = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    network, report = auto_class(config).from_pretrained(
         folder,
         dtype=dtype,
         local_files_only=True,

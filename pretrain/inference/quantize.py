@@ -105,6 +105,10 @@ def _configuration(how: Quantization) -> Any:
 
 def _problems(network: PreTrainedModel, layers: dict[str, nn.Linear], how: Quantization) -> list[Problem]:
     problems = []
+    if network.config.is_encoder_decoder:
+        problems.append(
+            Problem("an encoder-decoder, none of which was quantized yet", "a decoder", "use another model")
+        )
     if not layers:
         found = f"{network.config.model_type} has no linear layers of torch's own kind that are not quantized already"
         problems.append(

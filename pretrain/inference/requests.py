@@ -94,7 +94,15 @@ def require_decoder(model: LoadedModel) -> None:
     """
     config = model.network.config
     kinds = set(getattr(config, "layer_types", None) or ATTENTION_OF_ROWS)
-    found = "an encoder-decoder model" if config.is_encoder_decoder else ""
+    if config.is_encoder_decoder:
+        raise CheckpointError(
+            Problem(
+                f"{model.origin} is an encoder-decoder, which fills gaps and continues no text",
+                "a decoder",
+                "use `pretrain infill`, with <extra_id_0> in the place of a gap",
+            )
+        )
+    found = ""
     if model.network._is_stateful or not kinds <= ATTENTION_OF_ROWS:
         found = f"layers of {', '.join(sorted(kinds - ATTENTION_OF_ROWS)) or 'a recurrent kind'}"
     if found:

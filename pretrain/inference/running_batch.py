@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 from pretrain.inference.load import LoadedModel
+from pretrain.inference.prompt_reading import PromptReading
 from pretrain.inference.requests import Finish, Piece, Request, end_tokens, require_decoder
 from pretrain.inference.row_cache import RowCache
 from pretrain.inference.sampling import Choice, choose_tokens
 from pretrain.inference.text_stream import TextStream
 
 PREFILL_TOKENS = 8192  # of prompts that are read together, padding included; one longer prompt is read alone
+PIECE_TOKENS = 512  # of each prompt that are read between two steps of the rows that run, which wait so long
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -43,21 +44,26 @@ class RunningBatch(Generic[Key]):
         self._max_cached_tokens = max_cached_tokens
         self._rows: list[_Row[Key]] = []
         self._cache = RowCache(max_rows)
+        self._joining: list[_Row[Key]] = []  # whose prompts are being read
+        self._reading: PromptReading | None = None
+        self._left: set[Key] = set()  # of those that join, whose place in the reading is given up at its end
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + len(self._joining)
 
     @property
     def keys(self) -> list[Key]:
-        """Of the rows that are being answered."""
-        return [row.key for row in self._rows]
+        """Of the rows that are being answered, or read."""
+        return [row.key for row in (*self._rows, *self._joining)]
 
     def can_hold(self, request: Request) -> bool:
         """Whether a request fits when it is alone."""
         return self._max_cached_tokens is None or request.most_tokens <= self._max_cached_tokens
 
     def choose_joining(self, waiting: Sequence[tuple[Key, Request]]) -> int:
-        """How many of those that wait, the first first, can join at the next step."""
+        """How many of those that wait, the first first, can join at the next step; none while prompts are read."""
+        if self._joining:
+            return 0
         longest = max((row.request.most_tokens for row in self._rows), default=0)
         longest_prompt = 0
         for count, (_, request) in enumerate(waiting):
@@ -71,26 +77,42 @@ class RunningBatch(Generic[Key]):
 
     @torch.inference_mode()
     def step(self, joining: Sequence[tuple[Key, Request]]) -> list[tuple[Key, Piece]]:
-        """Write one token for every row; for those that join, the first. Rows that end are gone afterwards."""
+        """Write one token for every row; for those that join, the first. Rows that end are gone afterwards.
+
+        Long prompts are read over several steps while others run, and their rows write from the last of these on.
+        """
         pieces: list[tuple[Key, Piece]] = []
+        most_columns = PIECE_TOKENS if self._rows else None
         if self._rows:
             pieces = self._take(self._rows, self._decode())
         if joining:
-            rows = [_Row(key=key, request=request, stream=self._stream(request)) for key, request in joining]
-            logits = self._read_prompts([request.prompt for _, request in joining])
-            self._rows.extend(rows)
-            pieces += self._take(rows, logits)
+            self._joining = [_Row(key=key, request=request, stream=self._stream(request)) for key, request in joining]
+            self._reading = PromptReading(self._model.network, [request.prompt for _, request in joining])
+        if self._reading is not None and (logits := self._reading.read(most_columns)) is not None:
+            self._cache.join(self._reading.cache, self._reading.lengths)
+            joined, left = self._joining, self._left
+            self._stop_reading()
+            self._rows += joined
+            pieces += [(key, piece) for key, piece in self._take(joined, logits) if key not in left]
+            self._drop(left)
         self._drop({key for key, piece in pieces if piece.finish is not None})
         return pieces
+
+    def _stop_reading(self) -> None:
+        self._joining, self._reading, self._left = [], None, set()
 
     def remove(self, key: Key) -> None:
         """Take a row out before its end; nothing where it has ended."""
         self._drop({key})
+        self._left |= {row.key for row in self._joining if row.key == key}
+        if len(self._left) == len(self._joining):
+            self._stop_reading()
 
     def clear(self) -> None:
         """Forget all rows, and the memory that they had; after a step that failed."""
         self._rows.clear()
         self._cache = RowCache(self._max_rows)
+        self._stop_reading()
 
     def _stream(self, request: Request) -> TextStream:
         return TextStream(self._model.tokenizer, request.prompt, request.stops)
@@ -103,26 +125,6 @@ class RunningBatch(Generic[Key]):
             last = self._rows.pop()
             if place < len(self._rows):
                 self._rows[place] = last
-
-    def _read_prompts(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Forward of whole prompts, padded on the left; their keys and values join the cache. Returns (rows, V)."""
-        device = self._model.network.device
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, prompts, strict=True)], device=device)
-        columns = torch.arange(longest, device=device)
-        starts = torch.tensor(padding, device=device).unsqueeze(1)
-        cache = DynamicCache()
-        logits: torch.Tensor = self._model.network(
-            input_ids=ids,
-            attention_mask=columns >= starts if any(padding) else None,
-            position_ids=(columns - starts).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        self._cache.join(cache, [len(prompt) for prompt in prompts])
-        return logits[:, -1]
 
     def _decode(self) -> torch.Tensor:
         """Forward of each row's last token; returns (rows, V)."""

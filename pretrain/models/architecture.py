@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pretrain.config import ModelSection
 
 
+ENCODER_DECODERS = frozenset({"t5"})  # trained on spans, under the plain and zero engines
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A decoder Transformer, as far as its shapes say."""
@@ -48,6 +51,9 @@ class Architecture:
     sparse_layers: int = 0
     window: int | None = None  # tokens; sliding-window attention
     window_layers: int = 0
+    # keys that a token attends to, summed over layers and averaged over a row's tokens; None: a causal decoder's
+    visible_keys: float | None = None
+    head_share: float = 1.0  # of a row's tokens, those that logits are made for
     chunked_loss: bool = True  # the logits are exactly head(hidden), so that the loss is made in chunks of tokens
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -42,12 +43,22 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors to a device without waiting for it."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            cumulative_lengths=self.cumulative_lengths.to(device, non_blocking=True),
-            sources=None if self.sources is None else self.sources.to(device, non_blocking=True),
-            scores=self.scores and replace(self.scores, owners=self.scores.owners.to(device, non_blocking=True)),
-        )
+        return self.with_tensors(lambda values: values.to(device, non_blocking=True))
+
+    def with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same micro-batch with every tensor changed."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        scores = self.scores and replace(self.scores, owners=change(self.scores.owners))
+        return replace(self, scores=scores, **changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanBatch(Batch):
+    """Rows for an encoder-decoder: `input_ids` (B, E) are the encoder's, `labels` (B, D) what the decoder writes.
+
+    Positions and borders are those of the encoder's rows, each of which counts as one document.
+    """
+
+    attention_mask: torch.Tensor  # (B, E) bool, false in padding
+    places: torch.Tensor  # (B, D) int64: the token of the row that a label is or, of a sentinel, stands before

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pretrain.config import ExecutionSection, LossSection, ModelSection
-from pretrain.models.configuration import resolve_model_config
+from pretrain.models.configuration import auto_class, resolve_model_config
 from pretrain.models.fused_kernels import require_liger
 from pretrain.models.initialization import Gather, initialize, no_gather
 from pretrain.models.lora import add_adapters
@@ -49,7 +49,7 @@ class ModelBuilder:
     def construct(self) -> TrainingModel:
         """Make the modules with parameters of arbitrary values, fp32 (or what a surrounding `zero.Init` makes them)."""
         with no_init_weights():
-            network: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            network: PreTrainedModel = auto_class(self.config).from_config(self.config, dtype=torch.float32)
         network.tie_weights()
         _restore_rotary_buffers(network)
         return TrainingModel(network, execution=self._execution, loss=self._loss)
@@ -93,7 +93,7 @@ def is_checkpoint(folder: Path) -> bool:
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The network without memory: its names, shapes and ties."""
     with torch.device("meta"):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        network: PreTrainedModel = auto_class(config).from_config(config)
     network.tie_weights()
     return network
 

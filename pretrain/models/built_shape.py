@@ -5,27 +5,35 @@ Slower than the arithmetic of the known families (torch and transformers are imp
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.config import ModelSection
+from pretrain.config_data import SpanCorruptionSection
 from pretrain.models.architecture import Architecture
+from pretrain.models.build import build_on_meta
 from pretrain.models.configuration import resolve_model_config
 from pretrain.models.parameter_count import ParameterCount
 from pretrain.models.training_model import PLAIN_HEAD_TYPES
 
 
-def measure_model(section: ModelSection, sequence_length: int) -> tuple[Architecture, ParameterCount]:
+def measure_model(
+    section: ModelSection, sequence_length: int, spans: SpanCorruptionSection | None = None
+) -> tuple[Architecture, ParameterCount]:
     """Build the model without memory and look at it. Layers are taken for gated, attention for windowless.
+
+    Of an encoder-decoder, matmul weights and attention are means over the tokens of a row whose `spans` are taken out.
 
     Raises:
         ConfigError: transformers refuses the model or one of its fields.
     """
     config = resolve_model_config(section, sequence_length=sequence_length, attention="auto")
-    with torch.device("meta"):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    network = build_on_meta(config)
+    if config.is_encoder_decoder:
+        return _measure_encoder_decoder(network, sequence_length, spans or SpanCorruptionSection())
     heads = config.num_attention_heads
     shape = Architecture(
         model_type=config.model_type,
@@ -40,6 +48,40 @@ def measure_model(section: ModelSection, sequence_length: int) -> tuple[Architec
         chunked_loss=config.model_type in PLAIN_HEAD_TYPES,
     )
     return shape, _count(network)
+
+
+def _measure_encoder_decoder(
+    network: PreTrainedModel, sequence_length: int, spans: SpanCorruptionSection
+) -> tuple[Architecture, ParameterCount]:
+    """A token of a row costs the mean of what the encoder and the decoder do for all of the row."""
+    config, count = network.config, _count(network)
+    reads, writes = spans.lengths(sequence_length)
+    encoder, decoder = (
+        sum(module.weight.numel() for module in stack.modules() if isinstance(module, nn.Linear))
+        for stack in (network.get_encoder(), network.get_decoder())
+    )
+    # keys and values of what the decoder looks up in the encoder are made of what that has read
+    looked_up = 2 * config.num_decoder_layers * config.d_model * config.num_heads * config.d_kv
+    head = config.vocab_size * config.d_model
+    weights = reads * (encoder + looked_up) + writes * (decoder - looked_up + head)
+    keys = config.num_layers * reads**2 + config.num_decoder_layers * writes * ((writes + 1) / 2 + reads)
+    shape = Architecture(
+        model_type=config.model_type,
+        vocabulary_size=config.vocab_size,
+        hidden_size=config.d_model,
+        layers=config.num_layers + config.num_decoder_layers,
+        heads=config.num_heads,
+        key_value_heads=config.num_heads,
+        head_dim=config.d_kv,
+        intermediate_size=config.d_ff,
+        positions=sequence_length,
+        tied_embeddings=True,
+        gated_mlp=config.is_gated_act,
+        visible_keys=keys / sequence_length,
+        head_share=writes / sequence_length,
+        chunked_loss=False,
+    )
+    return shape, replace(count, matmul_weights=round(weights / sequence_length))
 
 
 def _count(network: PreTrainedModel) -> ParameterCount:

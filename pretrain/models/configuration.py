@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.config import ModelSection
 from pretrain.errors import ConfigError, Problem
+from pretrain.models.architecture import ENCODER_DECODERS
 from pretrain.models.attention import choose_attention
 from pretrain.models.presets import PRESETS
 
@@ -51,6 +59,8 @@ def resolve_model_config(model: ModelSection, *, sequence_length: int, attention
         ) from error
     _fit_positions(config, sequence_length, given)
     config.use_cache = False
+    if model_type in ENCODER_DECODERS and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id  # as the published T5 do
     config._attn_implementation = choose_attention(attention, _network_class(config, model_type))
     return config
 
@@ -89,7 +99,15 @@ def _config_class(model_type: str) -> type[PretrainedConfig]:
     return config_class
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that builds and loads a model with a head of this configuration."""
+    return AutoModelForSeq2SeqLM if config.model_type in ENCODER_DECODERS else AutoModelForCausalLM
+
+
 def _network_class(config: PretrainedConfig, model_type: str) -> type[PreTrainedModel]:
+    if model_type in ENCODER_DECODERS:
+        seq2seq: type[PreTrainedModel] = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+        return seq2seq
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
             Problem(

@@ -79,8 +79,10 @@ def count_flops(shape: Architecture, count: ParameterCount, sequence_length: int
     visible_keys = full * _visible_keys(sequence_length, None) + shape.window_layers * _visible_keys(
         sequence_length, shape.window
     )
+    if shape.visible_keys is not None:
+        visible_keys = shape.visible_keys
     attention = round(4 * shape.attention_width * visible_keys)
-    head = 2 * shape.vocabulary_size * shape.hidden_size
+    head = round(2 * shape.vocabulary_size * shape.hidden_size * shape.head_share)
     return TokenFlops(linear_forward=linear, attention_forward=attention, layers_forward=linear + attention - head)
 
 

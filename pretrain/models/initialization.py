@@ -64,7 +64,8 @@ def initialize(
 def _touched_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Own parameters, and the children's own, which a family may draw from the parent (never across a whole model)."""
     parameters = list(module.parameters(recurse=False))
-    if not isinstance(module, PreTrainedModel):
+    # T5 draws its token table from the whole model, which is wide and has few children with parameters of their own
+    if not isinstance(module, PreTrainedModel) or module.config.is_encoder_decoder:
         for child in module.children():
             parameters += child.parameters(recurse=False)
     return list(dict.fromkeys(parameters))

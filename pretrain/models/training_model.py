@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pretrain.config import ExecutionSection, LossSection
 from pretrain.errors import ConfigError, Problem
 from pretrain.models.attention import document_inputs, has_packed_rows, known_packing, watched_document_borders
-from pretrain.models.batch import Batch
+from pretrain.models.batch import Batch, SpanBatch
 from pretrain.models.fused_kernels import put_in_liger
 from pretrain.models.loss import OutputHead, full_logits_loss
 from pretrain.models.recomputation import enable_recomputation
@@ -59,7 +59,7 @@ class TrainingModel(nn.Module):
         self.network = network
         self._attention: str = network.config._attn_implementation
         self._has_fused_loss = self._fuse_loss(loss)
-        self._layers = list(decoder_layers(network))  # a plain list: registered once, below the network
+        self._layers = list(all_layers(network))  # a plain list: registered once, below the network
         self._has_checked_borders = False
         self.source_losses = SourceLosses()
         self.routers = routers_of(network, has_plain_head=self._has_fused_loss)
@@ -87,9 +87,11 @@ class TrainingModel(nn.Module):
         return self._sums(batch)
 
     def _sums(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = document_inputs(batch, self._attention)
         labels = batch.labels.flatten()
         sources = self.source_losses.watch(batch) if self.training else None
+        if isinstance(batch, SpanBatch):
+            return full_logits_loss(self._logits_of_spans(batch).flatten(0, -2), labels, sources, scores=batch.scores)
+        inputs = document_inputs(batch, self._attention)
         if not self._has_fused_loss:
             with known_packing(batch):
                 logits = self.network(**inputs, use_cache=False).logits
@@ -102,6 +104,15 @@ class TrainingModel(nn.Module):
         if self.routers and watched:
             loss = loss + self.routers.watch(output.router_logits, batch.target_count)
         return loss, squared
+
+    def _logits_of_spans(self, batch: SpanBatch) -> torch.Tensor:
+        logits: torch.Tensor = self.network(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            decoder_input_ids=self.network.prepare_decoder_input_ids_from_labels(labels=batch.labels),
+            use_cache=False,
+        ).logits
+        return logits
 
     def use_attention(self, name: str) -> None:
         """Compute attention by another function of transformers' registry, which keeps documents apart by itself."""
@@ -122,6 +133,13 @@ class TrainingModel(nn.Module):
         fused = OutputHead.from_linear(head, chunk_tokens=loss.chunk_tokens, z_loss_weight=loss.z_loss)
         self.network.set_output_embeddings(fused)
         return True
+
+
+def all_layers(network: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the decoder, after those of its encoder where it has one."""
+    if not network.config.is_encoder_decoder:
+        return list(decoder_layers(network))
+    return [layer for stack in (network.get_encoder(), network.get_decoder()) for layer in decoder_layers(stack)]
 
 
 def decoder_layers(network: PreTrainedModel) -> nn.ModuleList:

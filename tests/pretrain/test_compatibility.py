@@ -50,6 +50,7 @@ SWITCHES: dict[Feature, dict[str, Any]] = {
     "several processes": {},
     "a DeepSpeed file": {"parallel": {"deepspeed_config": "ds_configs/zero1.json"}},
     "LoRA": {"model": {"preset": None, "weights": "imported", "lora": {}}},
+    "an encoder-decoder": {"data": {"train": "data", "span_corruption": {}}},
 }
 
 

@@ -17,6 +17,7 @@ class Limits:
     new_tokens: int = 2048  # of one answer
     answers: int = 64  # of one request: prompts times n
     body_bytes: int = 1 << 20
+    head_seconds: float = 10.0  # for a request's head to arrive
     body_seconds: float = 30.0  # for a request's body to arrive
     request_seconds: float = 300.0  # from the arrival of a request to its last token
     grace_seconds: float = 30.0  # for what runs and waits, once the server is told to stop

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from pretrain.inference.serving.app import ModelServer
+from pretrain.inference.serving.connection import connection_class
 from pretrain.inference.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def build_process(server: ModelServer, listening: socket.socket, *, name: str, l
     """What `run(sockets=[listening])` serves with until SIGTERM or Ctrl-C, and then finishes what runs."""
     config = uvicorn.Config(
         server.app,
-        http="h11",
+        http=connection_class(limits.head_seconds),
         ws="none",
         lifespan="on",
         log_config=None,

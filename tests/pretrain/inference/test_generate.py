@@ -16,6 +16,7 @@ from pretrain.export import export_source
 from pretrain.inference.generate import answer_requests, continue_prompts, encode, generate_from, stream_requests
 from pretrain.inference.load import LoadedModel, load_source
 from pretrain.inference.requests import Request
+from pretrain.inference.running_batch import RunningBatch
 from pretrain.inference.sampling import Sampling
 from tests.pretrain.checkpoint.states import flip_byte
 from tests.pretrain.inference.tiny_runs import EOS, SENTENCES, build_network, write_run, write_tokenizer
@@ -75,6 +76,36 @@ def test_rows_that_join_and_leave_between_steps_change_nothing_for_the_others(mo
     for rows in (3, 14):
         assert list(answer_requests(model, requests, rows_at_a_time=rows)) == alone
     assert len({answer.text for answer in alone}) > 10
+
+
+def test_long_prompts_are_read_in_pieces_while_others_write(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = " ".join(SENTENCES).split()
+    prompts = ["the", " ".join(words[:17]), " ".join(words[3:8]), " ".join(words[5:14])]
+    requests = [Request(prompt=encode(model, prompt), max_new_tokens=12, sampling=GREEDY) for prompt in prompts]
+    alone = [next(answer_requests(model, [request], rows_at_a_time=1)) for request in requests]
+    monkeypatch.setattr("pretrain.inference.running_batch.PIECE_TOKENS", 5)
+    batch: RunningBatch[int] = RunningBatch(model, max_rows=4)
+    texts = [""] * 4
+    steps = [batch.step([(0, requests[0])]), batch.step([(1, requests[1]), (2, requests[2]), (3, requests[3])])]
+    assert len(batch) == 4
+    assert batch.choose_joining([(4, requests[0])]) == 0
+    batch.remove(3)  # while its prompt is read
+    while len(batch):
+        steps.append(batch.step([]))
+    for pieces in steps:
+        for key, piece in pieces:
+            texts[key] += piece.text
+    keys = [{key for key, _ in pieces} for pieces in steps]
+    reading = (len(requests[1].prompt) - 1) // 5 + 1  # steps that its pieces take
+    assert keys[: reading + 1] == [{0}] * reading + [{0, 1, 2}]
+    assert texts == [*(answer.text for answer in alone[:3]), ""]
+    batch.step([(0, requests[0])])
+    batch.step([(1, requests[1])])
+    batch.remove(1)
+    assert batch.keys == [0]
+    assert batch.choose_joining([(4, requests[0])]) == 1
 
 
 def test_equal_seeds_write_equal_text_and_others_do_not(model: LoadedModel) -> None:
