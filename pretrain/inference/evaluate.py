@@ -141,6 +141,7 @@ class _Piece:
     COLUMNS = ROW, OFFSET, BEGINS, LOSS, TARGETS, BYTES = range(6)
 
 
+@torch.no_grad()
 def _measure_rows(evaluation: Evaluation, data: OpenedSource, own: range) -> NDArray[np.float64]:
     rows = data.read(own)
     length = data.sequence_length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -48,7 +49,9 @@ class Batch:
     def with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The same micro-batch with every tensor changed."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)
+        }
         scores = self.scores and replace(self.scores, owners=change(self.scores.owners))
         return replace(self, scores=scores, **changed)
 

@@ -280,7 +280,7 @@ class Flood:
     def send(self, method: str, route: str, body: bytes, kind: str) -> None:
         try:
             answer, text = self._ask(method, route, body, kind)
-        except http.client.RemoteDisconnected:  # it was idle for too long, as this process had no time; never twice
+        except ConnectionError:  # it was idle for too long, as this process had no time; never twice
             answer, text = self._ask(method, route, body, kind)
         self.statuses[answer.status] = self.statuses.get(answer.status, 0) + 1
         assert answer.status in {200, 400, 404, 405, 413, 415, 429}, (answer.status, text, body)
