@@ -68,7 +68,7 @@ class SpanCorruption:
         words = _random_words(key, len(tokens) - 2)
         gone = _segments(noise, spans, words[: noise - 1])
         stays = _segments(len(tokens) - noise, spans, words[noise - 1 :])
-        sentinels = self.first_sentinel + np.arange(spans)
+        sentinels = np.split(self.first_sentinel + np.arange(spans), spans)
         ends = np.cumsum(stays + gone)
         starts = ends - gone  # of the spans
         read: list[Integers] = []
@@ -76,8 +76,8 @@ class SpanCorruption:
         places: list[Integers] = []
         begin = 0
         for start, end, sentinel in zip(starts.tolist(), ends.tolist(), sentinels, strict=True):
-            read += [tokens[begin:start], sentinel[None]]
-            written += [sentinel[None], tokens[start:end]]
+            read += [tokens[begin:start], sentinel]
+            written += [sentinel, tokens[start:end]]
             places += [np.array([start]), np.arange(start, end)]
             begin = end
         eos, last = np.array([self.eos_id]), np.array([len(tokens) - 1])

@@ -182,7 +182,7 @@ def test_models_whose_memory_is_not_of_tokens_are_refused(tmp_path: Path) -> Non
     write_run(tmp_path, build_network("llama"))
     model = load_source(tmp_path)
     model.network.config.is_encoder_decoder = True
-    with pytest.raises(CheckpointError, match="an encoder-decoder model"):
+    with pytest.raises(CheckpointError, match="is an encoder-decoder"):
         continue_prompts(model, ["the"], max_new_tokens=2, sampling=GREEDY)
 
 
