@@ -19,6 +19,7 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.data.batch_buffers import BatchBuffers
 from pretrain.data.micro_batch import build_micro_batch, empty_row
 from pretrain.data.open_datasets import OpenedSource
+from pretrain.data.span_batch import build_span_batch
 from pretrain.data.training_rows import Location, TrainingRows
 from pretrain.models.batch import Batch
 
@@ -95,11 +96,22 @@ class TrainingLoader:
         return self._pending.popleft().result()
 
     def _build(self, locations: list[Location]) -> Batch:
-        batch = self._rows.batch(locations, self._rows.read(locations), self._buffers)
+        batch = training_batch(self._rows, locations, self._rows.read(locations), self._buffers)
         if len(self._rows.sources) > 1:
             sources = torch.tensor([location.source for location in locations])
             batch = replace(batch, sources=sources, source_count=len(self._rows.sources))
         return batch.with_tensors(torch.Tensor.pin_memory) if self._pins else batch
+
+
+def training_batch(
+    rows: TrainingRows, locations: Sequence[Location], read: Sequence[Row], buffers: BatchBuffers | None = None
+) -> Batch:
+    """The micro-batch of rows that were read at these places; rows beyond them are padding."""
+    corruption = rows.sources[0].span_corruption
+    if corruption is None:
+        return build_micro_batch(read, rows.sequence_length, buffers)
+    keys = [(rows.seed, place.source, place.epoch, place.row) for place in locations]
+    return build_span_batch(corruption, read, keys, rows.sequence_length)
 
 
 def evaluation_batches(
@@ -130,7 +142,7 @@ def evaluation_batch(source: OpenedSource, own: range, rows: Sequence[Row]) -> B
     if source.span_corruption is None:
         return build_micro_batch(rows, source.sequence_length)
     keys = [("validation", index) for index in own]  # each row has spans of its own, the same in every evaluation
-    return source.span_corruption.build(rows, keys, source.sequence_length)
+    return build_span_batch(source.span_corruption, rows, keys, source.sequence_length)
 
 
 def order_batches(
@@ -150,7 +162,7 @@ def order_batches(
         locations = rows.locate_in_order(np.array([places[number] for number in own], dtype=np.int64)) if own else []
         read = rows.read(locations)
         read += [empty_row(rows.sequence_length)] * (micro_batch_size - len(read))
-        yield rows.batch(locations, read)
+        yield training_batch(rows, locations, read)
 
 
 def rank_rounds(count: int, micro_batch_size: int, rank: int, data_parallel_size: int) -> Iterator[range]:

@@ -1,21 +1,18 @@
 """Span corruption: what an encoder reads of a row, and what its decoder must write.
 
-A pure function of a row and its key (seed, source, epoch, row), whatever the ranks, threads and resumes. Reads no rows.
+A pure function of a row and its key (seed, source, epoch, row), whatever the ranks, threads and resumes. Reads no rows;
+span_batch.py makes batches of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from data_tools.token_shards import Row
 from pretrain.config_data import SpanCorruptionSection
-from pretrain.models.batch import IGNORED_LABEL, SpanBatch
 
 Integers = npt.NDArray[np.int64]
 
@@ -33,34 +30,6 @@ class SpanCorruption:
     section: SpanCorruptionSection
     first_sentinel: int
     eos_id: int
-
-    def build(self, rows: Sequence[Row], keys: Sequence[tuple[object, ...]], sequence_length: int) -> SpanBatch:
-        """The micro-batch; a row without a key, or of fewer than two tokens, has no targets."""
-        reads, writes = self.section.lengths(sequence_length)
-        ids = np.full((len(rows), reads), self.eos_id, np.int64)
-        mask = np.zeros((len(rows), reads), np.bool_)
-        labels = np.full((len(rows), writes), IGNORED_LABEL, np.int64)
-        places = np.zeros((len(rows), writes), np.int64)
-        mask[:, 0] = True  # a row without text: attention over nothing has no mean
-        for number, (row, key) in enumerate(zip(rows, keys, strict=False)):
-            if row.used < 2:
-                continue
-            read, written, of_row = self.corrupt(row.tokens[: row.used].astype(np.int64), key)
-            ids[number, : len(read)] = read
-            mask[number, : len(read)] = True
-            labels[number, : len(written)] = written
-            places[number, : len(written)] = of_row
-        positions = np.broadcast_to(np.arange(reads), ids.shape)
-        return SpanBatch(
-            input_ids=torch.from_numpy(ids),
-            labels=torch.from_numpy(labels),
-            position_ids=torch.from_numpy(positions.copy()),
-            cumulative_lengths=torch.arange(len(rows) + 1, dtype=torch.int32) * reads,
-            longest_document=reads,
-            target_count=int((labels != IGNORED_LABEL).sum()),
-            attention_mask=torch.from_numpy(mask),
-            places=torch.from_numpy(places),
-        )
 
     def corrupt(self, tokens: Integers, key: tuple[object, ...]) -> tuple[Integers, Integers, Integers]:
         """What the encoder reads of the tokens of one row, what the decoder writes, and its places in the row."""

@@ -12,15 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.token_shards import Row
-from pretrain.data.batch_buffers import BatchBuffers
 from pretrain.data.fill_in_the_middle import FillInTheMiddle
 from pretrain.data.interleaving import Integers
-from pretrain.data.micro_batch import build_micro_batch
 from pretrain.data.mixture import Mixture, Phase
 from pretrain.data.open_datasets import OpenedSource
 from pretrain.data.sample_order import SampleOrder
 from pretrain.data.skipped_windows import Window, merge_windows, order_place, order_places
-from pretrain.models.batch import Batch
 
 
 class Location(NamedTuple):
@@ -106,14 +103,6 @@ class TrainingRows:
             return rows
         keys = [(self.seed, place.source, place.epoch, place.row) for place in places]
         return self._fill_in_the_middle.turn(rows, keys)
-
-    def batch(self, locations: Iterable[Location], rows: Sequence[Row], buffers: BatchBuffers | None = None) -> Batch:
-        """The micro-batch of rows that were read at these places; rows beyond them are padding."""
-        corruption = self.sources[0].span_corruption
-        if corruption is None:
-            return build_micro_batch(rows, self.sequence_length, buffers)
-        keys = [(self.seed, place.source, place.epoch, place.row) for place in locations]
-        return corruption.build(rows, keys, self.sequence_length)
 
     def _rows_at(self, places: Sequence[Location]) -> list[Row]:
         chosen = {place.source for place in places}

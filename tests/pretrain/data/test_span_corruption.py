@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from data_tools.token_shards import Row
 from pretrain.config_data import SpanCorruptionSection
 from pretrain.data.micro_batch import empty_row
+from pretrain.data.span_batch import build_span_batch
 from pretrain.data.span_corruption import SpanCorruption
 from pretrain.models.batch import IGNORED_LABEL
 
@@ -80,7 +81,7 @@ def test_keys_choose_spans_and_all_ways_are_taken() -> None:
 def test_a_micro_batch_has_masks_and_counts() -> None:
     maker = corruption()
     rows = [row_of(np.arange(1, 41), 40), row_of(np.arange(1, 11), 40), empty_row(40)]
-    batch = maker.build(rows, [(1,), (2,)], 40)
+    batch = build_span_batch(maker, rows, [(1,), (2,)], 40)
     reads, writes = maker.section.lengths(40)
     assert batch.input_ids.shape == batch.attention_mask.shape == (3, reads)
     assert batch.labels.shape == (3, writes)
