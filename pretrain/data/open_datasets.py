@@ -19,7 +19,7 @@ from data_tools.token_shards import (
     open_dataset,
     verify_dataset,
 )
-from pretrain.config_data import DataSection
+from pretrain.config_data import DataSection, SpanCorruptionSection
 from pretrain.data.fill_in_the_middle import FillInTheMiddle
 from pretrain.data.mixture import Phase
 from pretrain.data.mixture_plan import (
@@ -124,14 +124,8 @@ def open_datasets(
             problems += error.problems
     problems += _vocabulary_problems(opened, vocabulary_size)
     if data.span_corruption is not None and opened:
-        first = next(iter(opened.values())).dataset.manifest  # all have one tokenizer
-        corruption = SpanCorruption(
-            section=data.span_corruption,
-            first_sentinel=first.vocabulary_size,
-            eos_id=first.eos_id,
-        )
-        problems += _sentinel_problems(corruption, sequence_length, vocabulary_size)
-        opened = {place: replace(source, span_corruption=corruption) for place, source in opened.items()}
+        opened = _with_spans(opened, data.span_corruption)
+        problems += _sentinel_problems(opened, vocabulary_size)
     problems += _tokenizer_problems(opened, data.tokenizer)
     fill_in_the_middle = None
     try:
@@ -208,14 +202,24 @@ def _vocabulary_problems(opened: Mapping[str, OpenedSource], vocabulary_size: in
             yield Problem(found, f"a model with at least {needed}", f"set model.vocab_size={needed}")
 
 
-def _sentinel_problems(corruption: SpanCorruption, sequence_length: int, vocabulary_size: int) -> Iterator[Problem]:
-    if sequence_length < 2:
+def _with_spans(opened: Mapping[str, OpenedSource], section: SpanCorruptionSection) -> dict[str, OpenedSource]:
+    manifest = next(iter(opened.values())).dataset.manifest  # all have one tokenizer
+    corruption = SpanCorruption(section=section, first_sentinel=manifest.vocabulary_size, eos_id=manifest.eos_id)
+    return {place: replace(source, span_corruption=corruption) for place, source in opened.items()}
+
+
+def _sentinel_problems(opened: Mapping[str, OpenedSource], vocabulary_size: int) -> Iterator[Problem]:
+    longest = max(opened.values(), key=lambda source: source.sequence_length)
+    if longest.sequence_length < 2:
         yield Problem("a row of one token has no span to take out", "two or more", "raise batch.sequence_length")
         return
-    needed = corruption.first_sentinel + corruption.section.counts(sequence_length)[1]
+    assert longest.span_corruption is not None, "all were given one"
+    _, spans = longest.span_corruption.section.counts(longest.sequence_length)
+    needed = longest.span_corruption.first_sentinel + spans
     if needed > vocabulary_size:
         yield Problem(
-            f"a row's spans need sentinels up to id {needed - 1}, the model's vocabulary has {vocabulary_size} ids",
+            f"spans of {longest.sequence_length} tokens need sentinels up to id {needed - 1}, the model's vocabulary has "
+            f"{vocabulary_size} ids",
             f"a model with at least {needed}",
             f"set model.vocab_size={needed}, or the next number that your device likes",
         )
