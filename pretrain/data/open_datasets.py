@@ -218,8 +218,7 @@ def _sentinel_problems(opened: Mapping[str, OpenedSource], vocabulary_size: int)
     needed = longest.span_corruption.first_sentinel + spans
     if needed > vocabulary_size:
         yield Problem(
-            f"spans of {longest.sequence_length} tokens need sentinels up to id {needed - 1}, the model's vocabulary has "
-            f"{vocabulary_size} ids",
+            f"{longest.sequence_length} tokens need sentinels up to id {needed - 1}, the model has {vocabulary_size}",
             f"a model with at least {needed}",
             f"set model.vocab_size={needed}, or the next number that your device likes",
         )
