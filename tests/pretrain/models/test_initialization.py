@@ -133,7 +133,7 @@ def test_rotary_frequencies_stay_fp32_where_construction_rounds_tensors() -> Non
     def round_as_zero_init_does(*arguments: Any, **keywords: Any) -> PreTrainedModel:
         return original(*arguments, **keywords).to(torch.bfloat16)
 
-    with mock.patch("pretrain.models.build.AutoModelForCausalLM.from_config", round_as_zero_init_does):
+    with mock.patch("transformers.AutoModelForCausalLM.from_config", round_as_zero_init_does):
         rotary = small_builder("llama").construct().network.model.rotary_emb
     expected = 1 / 10000.0 ** (torch.arange(0, 8, 2) / 8)
     torch.testing.assert_close(rotary.inv_freq, expected)
