@@ -55,9 +55,9 @@ class RemoteDataset:
     @property
     def key(self) -> str:
         """A name for a folder: another one for another URL, and for other content behind the same one."""
-        digest = xxh3_64(self.place.url)
+        digest = xxh3_64(self.place.url.encode())
         for name, split in self.splits.items():
-            digest.update(name)
+            digest.update(name.encode())
             digest.update(split.raw_manifest)
         return f"{slug(self.place.url)}-{digest.hexdigest()}"
 

@@ -63,7 +63,7 @@ def _files(place: RemoteFile) -> list[RemoteFile]:
 def _fetch(file: RemoteFile, cache: Path) -> Path:
     """Return the path of the copy of a file's present version."""
     before = _ask(file)
-    folder = cache / f"{slug(file.url)}-{xxh3_64_hexdigest(f'{file.url} {before.size} {before.version}')}"
+    folder = cache / f"{slug(file.url)}-{xxh3_64_hexdigest(f'{file.url} {before.size} {before.version}'.encode())}"
     target = folder / file.url.rpartition("/")[2]
     if target.is_file():
         return target

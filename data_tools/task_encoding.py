@@ -286,4 +286,4 @@ def _joined(encoded: Sequence[Ids], chosen: NDArray[np.int64], eos_id: int, dtyp
 
 
 def _id_hashes(names: Sequence[str | None]) -> NDArray[np.uint64]:
-    return np.array([NO_ID if name is None else xxh3_64_intdigest(name) for name in names], ID_HASH)
+    return np.array([NO_ID if name is None else xxh3_64_intdigest(name.encode()) for name in names], ID_HASH)

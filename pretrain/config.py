@@ -33,7 +33,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "plain", "zero", "pipeline", "accelerate"]
 Recomputation = Literal["none", "full", "selective"]
 Offload = Literal["none", "cpu", "nvme"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"]
 
 
 class LoraSection(Section):
@@ -183,7 +183,8 @@ class ParallelSection(Section):
 class ExecutionSection(Section):
     """How the same mathematics is computed."""
 
-    attention: Attention = "auto"  # auto: flash-attn where it is installed and the device has it, else sdpa
+    # auto: the first that can run of flash-attn (a package), varlen (torch's own kernel; CUDA, half precision), sdpa
+    attention: Attention = "auto"
     compile: bool = False  # torch.compile, layer by layer
     kernels: Literal["torch", "liger"] = "torch"  # liger: its fused norms, feed-forwards and rotary embedding, on GPUs
     # activation checkpointing: full runs layers again in backward, selective all of a layer but its attention

@@ -181,6 +181,7 @@ def build_run_engine(
             sequence_length=config.batch.sequence_length,
             execution=config.execution,
             loss=config.loss,
+            precision=config.precision,
             read_frozen=read_frozen,
         )
         return build_engine(

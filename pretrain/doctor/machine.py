@@ -36,7 +36,13 @@ FORWARDED_BY_DEEPSPEED = ("PYTHON", "MLFLOW", "MV2", "UCX")
 def check_versions() -> Iterator[Finding]:
     """Every package that the project asks for is there, at a version that it takes."""
     wrong, found = [], {}
-    for text in metadata.requires(DISTRIBUTION) or []:
+    try:
+        wanted = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        text = f"{DISTRIBUTION} is not installed, so nothing says which versions it asks for"
+        yield Finding(name="versions", level="yellow", text=text, fix="pip install -c constraints.txt -e .")
+        return
+    for text in wanted:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue

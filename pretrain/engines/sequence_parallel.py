@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pretrain import distributed
 from pretrain.config import RunConfig
 from pretrain.engines.rank_groups import own_group
-from pretrain.models.attention import EXCHANGED, FLASH, has_packed_rows
+from pretrain.models.attention import EXCHANGED, OF_BORDERS, has_packed_rows
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.training_model import TrainingModel
 from pretrain.topology import Topology
@@ -44,7 +44,9 @@ class SequenceParallel:
         config = network.config
         kernel = config._attn_implementation
         exchange = UlyssesSPAttentionHF(
-            attn=_core_attention(ALL_ATTENTION_FUNCTIONS[kernel], self._documents, is_variable_length=kernel == FLASH),
+            attn=_core_attention(
+                ALL_ATTENTION_FUNCTIONS[kernel], self._documents, is_variable_length=kernel in OF_BORDERS
+            ),
             batch_size=self._micro_batch_size,
             attn_head_count=config.num_attention_heads,
             attn_head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,

@@ -160,10 +160,11 @@ class ZeroEngine:
         engine.step()
         if self._stage == 0:
             # DeepSpeed's bf16 optimizer does not get as far as the clipper where it finds a non-finite gradient
-            norm = self._clipper.norm if engine.was_step_applied() else torch.tensor(torch.inf)
+            norm = self._clipper.norm if engine.was_step_applied() else torch.tensor(torch.inf, device=self._device)
             return norm, ~norm.isfinite()
         norm = engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32), not engine.was_step_applied()
+        # an offloaded optimizer has it on the host
+        return torch.as_tensor(norm, dtype=torch.float32, device=self._device), not engine.was_step_applied()
 
     def _sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Over data ranks; the tensor ranks of each have the same."""

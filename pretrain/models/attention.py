@@ -15,60 +15,76 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pretrain.errors import ConfigError, Problem
+from pretrain.models import varlen_attention
 from pretrain.models.batch import Batch
+from pretrain.models.varlen_attention import VARLEN
 
 logger = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
+OF_BORDERS = frozenset({FLASH, VARLEN})  # kernels that are told where documents begin, and need no mask
 EXCHANGED = "athanor_sequence_parallel"  # attention that an engine put in: it knows the documents of whole rows
 
 
-def choose_attention(wanted: str, network_class: type[PreTrainedModel]) -> str:
-    """Resolve `execution.attention`: auto is flash-attn where it is installed and there is a CUDA device, else sdpa.
+def choose_attention(
+    wanted: str, network_class: type[PreTrainedModel], config: PretrainedConfig, *, precision: str = "bf16"
+) -> str:
+    """Resolve `execution.attention`: auto is flash-attn, torch's variable-length kernel, sdpa, the first that can run.
 
-    Families that have neither fall back to eager, with a logged reason.
+    The first two need a CUDA device and half precision. Families that have none of them fall back to eager, with a
+    logged reason.
 
     Raises:
         ConfigError: what was asked for by name cannot run here.
     """
-    has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
-    possible = ["eager"]
-    if network_class._supports_sdpa:
-        possible.insert(0, "sdpa")
-    if network_class._supports_flash_attn and has_flash:
-        possible.insert(0, FLASH)
-    if wanted == "auto":
-        if possible[0] == "eager":
-            logger.warning("attention is eager: %s has no faster implementation here", network_class.__name__)
-        return possible[0]
-    if wanted not in possible:
+    reasons = _why_not(network_class, config, precision)
+    possible = [name for name, reason in reasons.items() if reason is None]
+    if wanted not in ("auto", *possible):
         raise ConfigError(
             Problem(
-                f"execution.attention: {wanted} cannot run {network_class.__name__} here"
-                + ("" if has_flash else " (flash_attn is not installed, or there is no CUDA device)"),
+                f"execution.attention: {wanted} cannot run {network_class.__name__} here ({reasons[wanted]})",
                 ", ".join(["auto", *possible]),
                 "set execution.attention: auto",
             )
         )
-    return wanted
+    chosen = possible[0] if wanted == "auto" else wanted
+    if wanted == "auto" and chosen == "eager":
+        logger.warning("attention is eager: %s has no faster implementation here", network_class.__name__)
+    if chosen == VARLEN:
+        varlen_attention.register()
+    return chosen
+
+
+def _why_not(network_class: type[PreTrainedModel], config: PretrainedConfig, precision: str) -> dict[str, str | None]:
+    """Every implementation, the fastest first, with the reason why it cannot run, or None."""
+    half = "its kernels compute in half precision, the run in fp32" if precision == "fp32" else None
+    family = None if network_class._supports_flash_attn else "the family has no such attention in transformers"
+    has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    installed = None if has_flash else "flash_attn is not installed, or there is no CUDA device"
+    return {
+        FLASH: family or installed or half,
+        VARLEN: family or varlen_attention.why_not(config) or half,
+        "sdpa": None if network_class._supports_sdpa else "the family has no such attention in transformers",
+        "eager": None,
+    }
 
 
 def document_inputs(batch: Batch, implementation: str) -> dict[str, Any]:
     """Keyword arguments of the network's forward: token ids, and where documents begin and end.
 
     Rows of one document each pass nothing about documents, so that the kernels' own causal path runs and no mask is
-    built. Packed rows: variable-length kernels get one long row and its borders; the others get position ids, from
-    which transformers builds a mask whose blocks are the documents.
+    built. Packed rows: variable-length kernels get one long row and its borders (torch's always does); the others get
+    position ids, from which transformers builds a mask whose blocks are the documents.
     """
     rows, length = batch.input_ids.shape
     if implementation == EXCHANGED:  # this rank's part of each row, whose positions do not start at 0
         return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-    if not has_packed_rows(batch):
+    if not has_packed_rows(batch) and implementation != VARLEN:
         return {"input_ids": batch.input_ids}
-    if implementation != FLASH:
+    if implementation not in OF_BORDERS:
         return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     return {
         "input_ids": batch.input_ids.view(1, rows * length),

@@ -34,6 +34,7 @@ class ModelBuilder:
         sequence_length: int,
         execution: ExecutionSection,
         loss: LossSection,
+        precision: str = "bf16",
         read_frozen: Callable[[str], torch.Tensor] | None = None,
     ) -> None:
         """Resolve the configuration; `read_frozen` gives the weights by name that model.lora trains beside."""
@@ -43,7 +44,7 @@ class ModelBuilder:
         if execution.kernels == "liger":
             require_liger()
         self.config: PretrainedConfig = resolve_model_config(
-            model_section, sequence_length=sequence_length, attention=execution.attention
+            model_section, sequence_length=sequence_length, attention=execution.attention, precision=precision
         )
 
     def construct(self) -> TrainingModel:

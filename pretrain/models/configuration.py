@@ -36,13 +36,16 @@ logger = logging.getLogger(__name__)
 UNDECLARED_FIELDS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "num_labels", "head_dim"})
 
 
-def resolve_model_config(model: ModelSection, *, sequence_length: int, attention: str) -> PretrainedConfig:
+def resolve_model_config(
+    model: ModelSection, *, sequence_length: int, attention: str, precision: str = "bf16"
+) -> PretrainedConfig:
     """Build the configuration of the network.
 
     Args:
         model: one of preset, model_type, weights, and fields that override it.
         sequence_length: tokens of a row; the position range grows to it where it was left at the family's default.
         attention: the run's `execution.attention`.
+        precision: the run's; fp32 rules out kernels of half precision.
 
     Raises:
         ConfigError: with every unknown field, or the first value that transformers refuses.
@@ -61,7 +64,9 @@ def resolve_model_config(model: ModelSection, *, sequence_length: int, attention
     config.use_cache = False
     if model_type in ENCODER_DECODERS and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id  # as the published T5 do
-    config._attn_implementation = choose_attention(attention, _network_class(config, model_type))
+    config._attn_implementation = choose_attention(
+        attention, _network_class(config, model_type), config, precision=precision
+    )
     return config
 
 

@@ -27,6 +27,7 @@ ATTENTION_KERNELS = frozenset(
         "aten::_scaled_dot_product_fused_attention_overrideable",
         "flash_attn::_flash_attn_forward",
         "flash_attn::_flash_attn_varlen_forward",
+        "torch_attn::_varlen_attn",
     }
 )
 

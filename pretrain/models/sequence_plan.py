@@ -34,7 +34,7 @@ def sequence_problems(config: RunConfig, shape: Architecture | None) -> Iterator
     if config.execution.attention == "eager":
         yield Problem(
             f"execution.attention is eager with parallel.sequence = {ranks}: it computes no share of heads by itself",
-            "auto, sdpa, flash_attention_2",
+            "auto, sdpa, varlen, flash_attention_2",
             "set execution.attention=auto",
         )
     if shape is None:

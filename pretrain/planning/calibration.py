@@ -160,7 +160,12 @@ def measure_case(case: Case, device: torch.device) -> float:
 
     config = case_config(case)
     builder = ModelBuilder(
-        config.model, seed=0, sequence_length=case.length, execution=config.execution, loss=config.loss
+        config.model,
+        seed=0,
+        sequence_length=case.length,
+        execution=config.execution,
+        loss=config.loss,
+        precision=config.precision,
     )
     engine = PlainEngine(config, builder, device)
     batches = random_batches(case, 0)
