@@ -99,7 +99,7 @@ def check_attention() -> Iterator[Finding]:
     try:
         from flash_attn import flash_attn_func
     except ImportError as error:
-        fix = "bash docker/install.sh --flash-attn, or go on with sdpa"
+        fix = "bash docker/install.sh --flash-attn, or go on with torch's own kernels"
         yield Finding(name="flash-attn", level="yellow", text=f"not importable: {error}", fix=fix)
         return
     flash = flash_attn_func(*(part.transpose(1, 2) for part in (query, key, value)), causal=True)

@@ -7,7 +7,7 @@ mask, so that packed documents would see each other. ZeRO, and the weight of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pretrain import distributed
 from pretrain.config import RunConfig
 from pretrain.engines.rank_groups import own_group
-from pretrain.models.attention import EXCHANGED, OF_BORDERS, has_packed_rows
+from pretrain.models.attention import EXCHANGED, FLASH, has_packed_rows
 from pretrain.models.batch import IGNORED_LABEL, Batch
 from pretrain.models.training_model import TrainingModel
+from pretrain.models.varlen_attention import BORDERS, VARLEN, Borders
 from pretrain.topology import Topology
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -44,9 +45,7 @@ class SequenceParallel:
         config = network.config
         kernel = config._attn_implementation
         exchange = UlyssesSPAttentionHF(
-            attn=_core_attention(
-                ALL_ATTENTION_FUNCTIONS[kernel], self._documents, is_variable_length=kernel in OF_BORDERS
-            ),
+            attn=_core_attention(kernel, self._documents),
             batch_size=self._micro_batch_size,
             attn_head_count=config.num_attention_heads,
             attn_head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -143,14 +142,6 @@ class SequenceGroups:
         dist.destroy_process_group(self._alone)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Borders:
-    """Of the documents of a micro-batch, for kernels of variable length."""
-
-    cumulative_lengths: torch.Tensor
-    longest: int
-
-
 class WholeRows:
     """The documents of the micro-batch that is computed now: the same on all ranks of a group."""
 
@@ -186,8 +177,9 @@ def _document_mask(position_ids: torch.Tensor, window: int | None) -> torch.Tens
     return ((document[:, :, None] == document[:, None, :]) & allowed).unsqueeze(1)
 
 
-def _core_attention(kernel: Attention, rows: WholeRows, *, is_variable_length: bool) -> Attention:
-    """What computes a share of the heads over whole rows, after the exchange."""
+def _core_attention(name: str, rows: WholeRows) -> Attention:
+    """What computes a share of the heads over whole rows, after the exchange, by an implementation of that name."""
+    kernel: Attention = ALL_ATTENTION_FUNCTIONS[name]
 
     def masked(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Any, **options: Any
@@ -200,14 +192,17 @@ def _core_attention(kernel: Attention, rows: WholeRows, *, is_variable_length: b
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         borders = rows.borders(query.device)
         options.pop("position_ids")
-        options.update(cu_seq_lens_q=borders.cumulative_lengths, cu_seq_lens_k=borders.cumulative_lengths)
-        options.update(max_length_q=borders.longest, max_length_k=borders.longest)
+        if name == VARLEN:
+            options[BORDERS] = borders
+        else:
+            options.update(cu_seq_lens_q=borders.cumulative_lengths, cu_seq_lens_k=borders.cumulative_lengths)
+            options.update(max_length_q=borders.longest, max_length_k=borders.longest)
         count, _, length, _ = query.shape
         long = (heads.transpose(0, 1).flatten(1, 2).unsqueeze(0) for heads in (query, key, value))
         result, weights = kernel(module, *long, None, **options)
         return result.view(count, length, *result.shape[2:]), weights
 
-    return variable_length if is_variable_length else masked
+    return variable_length if name in (FLASH, VARLEN) else masked
 
 
 def share_rows(config: RunConfig, topology: Topology) -> SequenceParallel | None:

@@ -20,12 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pretrain.errors import ConfigError, Problem
 from pretrain.models import varlen_attention
 from pretrain.models.batch import Batch
-from pretrain.models.varlen_attention import VARLEN
+from pretrain.models.varlen_attention import BORDERS, VARLEN, Borders
 
 logger = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
-OF_BORDERS = frozenset({FLASH, VARLEN})  # kernels that are told where documents begin, and need no mask
 EXCHANGED = "athanor_sequence_parallel"  # attention that an engine put in: it knows the documents of whole rows
 
 
@@ -76,19 +75,25 @@ def document_inputs(batch: Batch, implementation: str) -> dict[str, Any]:
     """Keyword arguments of the network's forward: token ids, and where documents begin and end.
 
     Rows of one document each pass nothing about documents, so that the kernels' own causal path runs and no mask is
-    built. Packed rows: variable-length kernels get one long row and its borders (torch's always does); the others get
-    position ids, from which transformers builds a mask whose blocks are the documents.
+    built. Packed rows: variable-length kernels get one long row and its borders; the others get position ids, from
+    which transformers builds a mask whose blocks are the documents.
     """
     rows, length = batch.input_ids.shape
     if implementation == EXCHANGED:  # this rank's part of each row, whose positions do not start at 0
         return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-    if not has_packed_rows(batch) and implementation != VARLEN:
+    if not has_packed_rows(batch):
         return {"input_ids": batch.input_ids}
-    if implementation not in OF_BORDERS:
+    if implementation not in (FLASH, VARLEN):
         return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-    return {
+    long_row = {
         "input_ids": batch.input_ids.view(1, rows * length),
         "position_ids": batch.position_ids.view(1, rows * length),
+    }
+    if implementation == VARLEN:
+        borders = Borders(cumulative_lengths=batch.cumulative_lengths, longest=batch.longest_document)
+        return {**long_row, BORDERS: borders}
+    return {
+        **long_row,
         "cu_seq_lens_q": batch.cumulative_lengths,
         "cu_seq_lens_k": batch.cumulative_lengths,
         "max_length_q": batch.longest_document,
@@ -153,7 +158,7 @@ def watched_document_borders(layers: Sequence[nn.Module], batch: Batch) -> Itera
 
 
 def _refuse_mixing(layer: nn.Module, values: Sequence[object], keywords: dict[str, Any], batch: Batch) -> None:
-    if keywords.get("cu_seq_lens_q") is not None:
+    if keywords.get("cu_seq_lens_q", keywords.get(BORDERS)) is not None:
         return  # a variable-length kernel cuts at the borders itself
     masks = [value for value in values if isinstance(value, torch.Tensor) and value.ndim == 4]
     if not any(_keeps_documents_apart(mask, batch.position_ids) for mask in masks):

@@ -7,6 +7,7 @@ which attention a run takes is attention.py's choice.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,21 @@ import torch
 from transformers import PretrainedConfig
 
 VARLEN = "varlen"
+BORDERS = "document_borders"  # the keyword by which layers hand them on
 LARGEST_HEAD = 256  # columns that its kernels take
 FIRST_CAPABILITY = (8, 0)  # A100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Borders:
+    """Of the documents of one long row.
+
+    An object, and not its values, goes through the layers: compiled code is made anew for other shapes and numbers that
+    it sees, and both differ from batch to batch.
+    """
+
+    cumulative_lengths: torch.Tensor  # (documents + 1,) int32
+    longest: int  # tokens
 
 
 def why_not(config: PretrainedConfig) -> str | None:
@@ -39,7 +53,7 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS[VARLEN] = attend
 
 
-@torch.compiler.disable  # borders differ from batch to batch: compiled code would be made anew for each
+@torch.compiler.disable  # one kernel, that looks into the borders
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -47,8 +61,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
+    document_borders: Borders | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
@@ -57,22 +70,28 @@ def attend(
 
     Args:
         module: the layer, unused.
-        query: (1, heads, tokens, columns); key and value may have fewer heads.
+        query: (1, heads, tokens, columns), or (rows, ...) without borders; key and value may have fewer heads.
         key: see query.
         value: see query.
         attention_mask: none: the borders say it.
-        cu_seq_lens_q: where documents begin, and the end, int32.
-        max_length_q: tokens of the longest document.
+        document_borders: none: each row is one document, which torch's sdpa computes as quickly and with less memory,
+            but for windows.
         scaling: of the logits; null is the root of the columns.
         sliding_window: tokens that a token sees, itself included; null: all before it.
 
     Returns:
-        (1, tokens, heads, columns), and no weights.
+        (1, tokens, heads, columns), or as many rows as came, and no weights.
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    rows, _, length, _ = query.shape
+    if document_borders is None:
+        if sliding_window is None or sliding_window >= length:
+            return _whole_rows(module, query, key, value, scaling)
+        ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
+        document_borders = Borders(cumulative_lengths=ends, longest=length)
     # norms of queries and keys give fp32 under autocast, where values are in half precision
-    query, key, value = (heads[0].transpose(0, 1).to(value.dtype) for heads in (query, key, value))
+    query, key, value = (heads.transpose(1, 2).flatten(0, 1).to(value.dtype) for heads in (query, key, value))
     shared = query.shape[1] // key.shape[1]
     options = {"enable_gqa": True} if shared > 1 else {}
     if shared > 1 and "enable_gqa" not in _options():
@@ -81,16 +100,25 @@ def attend(
         query,
         key,
         value,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
+        document_borders.cumulative_lengths,
+        document_borders.cumulative_lengths,
+        document_borders.longest,
+        document_borders.longest,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         **options,
     )
     assert isinstance(result, torch.Tensor)
-    return result.unsqueeze(0), None
+    return result.view(rows, length, *result.shape[1:]), None
+
+
+def _whole_rows(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> tuple[torch.Tensor, None]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    result, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, scaling=scaling)
+    return result, None
 
 
 @cache

@@ -44,13 +44,14 @@ class Case:
 
     model: str = "llama-1b"
     layout: str
+    engine: str = "plain"
     execution: dict[str, Any] = field(default_factory=dict)
     is_packed: bool = False
 
     @property
     def name(self) -> str:
         words = [f"{key} {value}" for key, value in self.execution.items()]
-        return ", ".join((self.model, self.layout, *words, *(["packed rows"] if self.is_packed else [])))
+        return ", ".join((self.model, self.engine, self.layout, *words, *(["packed rows"] if self.is_packed else [])))
 
 
 CASES = (
@@ -62,12 +63,13 @@ CASES = (
     Case(layout="zero=1,micro=4", execution={"kernels": "liger"}),
     Case(layout="zero=1,micro=4", execution={"compile": True}),
     Case(layout="zero=1,micro=4", execution={"compile": True}, is_packed=True),
-    Case(layout="zero=2,micro=2"),
-    Case(layout="zero=3,micro=2"),
+    Case(layout="zero=1,micro=4", engine="zero"),
+    Case(layout="zero=2,micro=2", engine="zero"),
+    Case(layout="zero=3,micro=2", engine="zero"),
     Case(layout="zero=1,micro=8,recompute=full"),
     Case(layout="zero=1,micro=4,recompute=selective"),
     Case(model="qwen3-0.6b", layout="zero=1,micro=4"),
-    Case(layout="zero=2,micro=4,offload=optimizer"),
+    Case(layout="zero=2,micro=4,offload=optimizer", engine="zero"),
 )
 
 
@@ -83,7 +85,9 @@ def predict(case: Case) -> Plan:
         sequence_length=LENGTH,
     )
     choice = read_choice(case.layout)
-    return make_plan(request, choice, build_config(request, choice))
+    config = build_config(request, choice)
+    parallel = config.parallel.model_copy(update={"engine": case.engine, "zero_stage": choice.zero_stage})
+    return make_plan(request, choice, config.model_copy(update={"parallel": parallel}))
 
 
 def micro_batches(rows: int, document: int, seed: int) -> list[Batch]:
