@@ -50,10 +50,10 @@ def register() -> None:
     """Make it known to transformers under its name; again does no harm."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS[VARLEN] = attend
+    # compiled layers call it as it is: one kernel, that looks into the borders
+    ALL_ATTENTION_FUNCTIONS[VARLEN] = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]  # torch states no types
 
 
-@torch.compiler.disable  # one kernel, that looks into the borders
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -64,7 +64,7 @@ def attend(
     document_borders: Borders | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within the documents of one long row; an attention function of transformers.
 
@@ -78,6 +78,7 @@ def attend(
             but for windows.
         scaling: of the logits; null is the root of the columns.
         sliding_window: tokens that a token sees, itself included; null: all before it.
+        others: what transformers hands to every implementation, unused.
 
     Returns:
         (1, tokens, heads, columns), or as many rows as came, and no weights.
@@ -93,9 +94,10 @@ def attend(
     # norms of queries and keys give fp32 under autocast, where values are in half precision
     query, key, value = (heads.transpose(1, 2).flatten(0, 1).to(value.dtype) for heads in (query, key, value))
     shared = query.shape[1] // key.shape[1]
-    options = {"enable_gqa": True} if shared > 1 else {}
+    options: dict[str, Any] = {"enable_gqa": True} if shared > 1 else {}
     if shared > 1 and "enable_gqa" not in _options():
-        options, key, value = {}, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+        key, value = (heads.repeat_interleave(shared, 1) for heads in (key, value))
+        options.clear()
     result = varlen_attn(
         query,
         key,
