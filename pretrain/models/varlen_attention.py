@@ -38,6 +38,8 @@ def why_not(config: PretrainedConfig) -> str | None:
         return "this torch has no torch.nn.attention.varlen with windows (2.11 and newer do)"
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FIRST_CAPABILITY:
         return "no CUDA device of compute capability 8.0 or more"
+    if config.is_encoder_decoder:
+        return "it is asked for causal attention only"
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0.0):
         return "it computes no soft cap of logits and no dropout"
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -51,7 +53,8 @@ def register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     # compiled layers call it as it is: one kernel, that looks into the borders
-    ALL_ATTENTION_FUNCTIONS[VARLEN] = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]  # torch states no types
+    uncompiled = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]  # torch states no types
+    ALL_ATTENTION_FUNCTIONS[VARLEN] = uncompiled
 
 
 def attend(
