@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -42,6 +43,12 @@ class AcceleratedEngine(TorchEngine):
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
+        # FSDP's streams on a GPU wait for each other where no part could see it
+        is_hidden = self._held.is_sharded and self._device.type == "cuda"
+        with nullcontext() if is_hidden else self._parts.counting_collectives():
+            return self._train_step(micro_batches, step)
+
+    def _train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         self._model.train()
         targets = torch.tensor(float(sum(batch.target_count for batch in micro_batches)), device=self._device)
         targets = distributed.all_reduce_sum(targets).clamp(min=1)
@@ -54,7 +61,8 @@ class AcceleratedEngine(TorchEngine):
             with self._held.communicating(is_last=is_last), self._parts.part("forward_backward"):
                 loss_sum, z_loss_sum = self._held.forward(batch.to(self._device))
                 objective = (loss_sum + self._config.loss.z_loss * z_loss_sum) * weight
-                self._held.backward(objective, is_last=is_last)
+                with self._parts.finishing(objective) if is_last and not self._held.is_sharded else nullcontext():
+                    self._held.backward(objective, is_last=is_last)
             sums += torch.stack((loss_sum.detach(), z_loss_sum.detach()))
         return self._finish_step(sums, targets, distributed.all_reduce_sum)
 

@@ -22,8 +22,10 @@ from pretrain.config import RunConfig
 from pretrain.engines.base import EvaluationResult, Replica, StepResult
 from pretrain.engines.deepspeed_config import build_deepspeed_config
 from pretrain.engines.deepspeed_import import import_deepspeed, quiet
+from pretrain.engines.pipeline_instructions import count_instructions
 from pretrain.engines.pipeline_module import MicroBatchFeed, OwnStages, build_pipeline_module, process_groups
 from pretrain.engines.rank_groups import RankGroups
+from pretrain.engines.step_parts import StepParts
 from pretrain.engines.zero_state import PartitionedState, ReplicatedState
 from pretrain.models.architecture import resolve_architecture
 from pretrain.models.batch import IGNORED_LABEL, Batch
@@ -80,6 +82,8 @@ class PipelineEngine:
         self._state = (PartitionedState if self._stage else ReplicatedState)(self._engine, self._parameters)
         self._norm = torch.zeros((), device=device)
         self._gate = GradientGate(config.guard, device)
+        self._parts = StepParts(device)
+        count_instructions(self._engine, self._parts)
         if self._stage == 0:
             optimizer.register_step_pre_hook(lambda optimizer, *_: self._clip(optimizer))
         else:
@@ -104,6 +108,10 @@ class PipelineEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
+        with self._parts.counting_collectives():
+            return self._train_step(micro_batches, step)
+
+    def _train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         engine, data_ranks = self._engine, self._topology.data
         self._set_accumulation(len(micro_batches))
         targets = torch.tensor(float(sum(batch.target_count for batch in micro_batches)), device=self._device)
@@ -117,11 +125,19 @@ class PipelineEngine:
         )
         self._gate.open_step()
         engine.train_batch(data_iter=self._rows(micro_batches))
-        loss, z_loss = self._sum_over_ranks(self._feed.sums) / targets
+        sums, source_sums = self._feed.source_losses.take_with(self._feed.sums, self._sum_over_ranks)
+        loss, z_loss = sums / targets
         norm = self._norm if self._stage == 0 else torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32)
         not_finite = ~norm.isfinite() if self._stage == 0 else not engine.was_step_applied()
         spike = self._gate.is_spike
-        return StepResult(loss=loss, z_loss=z_loss, gradient_norm=norm, skipped=not_finite | spike, spike=spike)
+        return StepResult(
+            loss=loss,
+            z_loss=z_loss,
+            gradient_norm=norm,
+            skipped=not_finite | spike,
+            spike=spike,
+            source_sums=source_sums,
+        )
 
     @property
     def _ranks_of_one_model(self) -> int:
@@ -181,8 +197,8 @@ class PipelineEngine:
         return EvaluationResult(loss_sum=float(sums[0]), target_count=int(targets_of_all))
 
     def part_seconds(self) -> dict[str, float]:
-        """See Engine; DeepSpeed runs a pipeline's step as one schedule, in which forward, backward and update mix."""
-        return {}
+        """See Engine."""
+        return self._parts.read()
 
     def set_learning_rate_multiplier(self, multiplier: float) -> None:
         """See Engine."""

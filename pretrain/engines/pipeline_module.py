@@ -22,6 +22,7 @@ from pretrain.models.loss import OutputHead
 from pretrain.models.pipeline_layers import PassThrough, StageModules, TensorSplit, build_stage
 from pretrain.models.pipeline_stages import Stage
 from pretrain.models.sharding import slicing_gather
+from pretrain.models.source_losses import SourceLosses, TokenSources
 from pretrain.random_streams import stream_seed
 from pretrain.topology import Topology
 
@@ -41,6 +42,7 @@ class MicroBatchFeed:
         self._weight: torch.Tensor | None = None
         self._dropout: Callable[[int], tuple[int, ...]] | None = None
         self.sums = torch.zeros(2, device=device)
+        self.source_losses = SourceLosses()
 
     def begin(
         self,
@@ -59,6 +61,8 @@ class MicroBatchFeed:
         self._batches, self._weight, self._dropout = batches, weight, dropout
         self._taken.clear()
         self.sums = torch.zeros(2, device=self._device)
+        if weight is not None:  # in training, on all ranks, though the last stage alone fills them
+            self.source_losses.begin(batches, self._device)
 
     def take(self, part: str) -> tuple[int, Batch]:
         """The place and the content of the next micro-batch of one part of the model."""
@@ -74,6 +78,10 @@ class MicroBatchFeed:
         if self._dropout is not None:
             index = self._dropout(place)
             torch.manual_seed(stream_seed(self._seed, "dropout", *index, *(("stage", stage) if stage else ())))
+
+    def sources(self, batch: Batch) -> TokenSources | None:
+        """Of a micro-batch's tokens, in training."""
+        return None if self._weight is None else self.source_losses.watch(batch)
 
     def objective(self, sums: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Note the sums of a micro-batch; what is to be differentiated."""
@@ -108,7 +116,11 @@ class LossHead(nn.Module):
         """Hidden states (B, T, H) to a scalar."""
         _, batch = self._feed.take("head")
         sums: tuple[torch.Tensor, torch.Tensor] = self.head(
-            hidden.flatten(0, -2), batch.labels.flatten(), batch.target_count, scores=batch.scores
+            hidden.flatten(0, -2),
+            batch.labels.flatten(),
+            batch.target_count,
+            self._feed.sources(batch),
+            scores=batch.scores,
         )
         return self._feed.objective(sums)
 

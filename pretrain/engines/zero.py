@@ -123,6 +123,10 @@ class ZeroEngine:
 
     def train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         """See Engine."""
+        with self._parts.counting_collectives():
+            return self._train_step(micro_batches, step)
+
+    def _train_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
         engine = self._engine
         engine.train()
         targets = torch.tensor(float(sum(batch.target_count for batch in micro_batches)), device=self._device)

@@ -5,7 +5,7 @@ Adds up on the device while the head computes the loss; changes no number of tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +37,18 @@ class SourceLosses:
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
 
+    def begin(self, batches: Sequence[Batch], device: torch.device) -> None:
+        """Anew, where these have sources: for ranks that watch none, though others of their group do."""
+        has_sources = batches[0].sources is not None
+        self._sums = torch.zeros(batches[0].source_count, 2, device=device) if has_sources else None
+
     def watch(self, batch: Batch) -> TokenSources | None:
         """For the tokens of a micro-batch; none where its rows have one source only."""
         if batch.sources is None:
             return None
         if self._sums is None:
-            self._sums = torch.zeros(batch.source_count, 2, device=batch.sources.device)
+            self.begin([batch], batch.sources.device)
+        assert self._sums is not None
         length = batch.labels.shape[1]
         return TokenSources(places=batch.sources.repeat_interleave(length), sums=self._sums)
 

@@ -92,7 +92,7 @@ def _summary_row(run: RunHistory, now: float) -> str:
         _shown(float(min(best)) if best else None, ".4f"),
         _shown(metrics.last("tokens_per_second"), ",.0f"),
         str(len(run.starts) or "-"),
-        str(len(run.saves)),
+        f"{len(run.saved_steps())}, {len(run.saves)} kept",
         f"{run.goodput.seconds.get('productive', 0.0) / whole:.1%}" if whole else "-",
     )
     return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
@@ -166,7 +166,7 @@ def _traces(run: RunHistory, name: str, colour: str, *, is_only: bool) -> Iterat
     for kind, symbol, places in (
         ("spike", "triangle-down", all_steps[spikes(all_values)][-200:]),
         ("start again", "x", np.array([start.step for start in run.starts[1:]], dtype=float)),
-        ("save", "line-ns-open", np.array([int(path.name.split("-")[-1]) for path in run.saves], dtype=float)),
+        ("save", "line-ns-open", run.saved_steps()),
     ):
         if places.size:
             marker = {"symbol": symbol, "size": 11, "color": colour, "line": {"color": colour, "width": 1.5}}

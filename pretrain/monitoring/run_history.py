@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pretrain.checkpoint.folder import list_checkpoints
 from pretrain.errors import ConfigError, Problem
@@ -58,7 +59,7 @@ class RunHistory:
         self.folder = folder
         self.metrics = MetricColumns(folder / METRICS)
         self.config: dict[str, Any] = {}
-        self.saves: Sequence[Path] = ()
+        self.saves: Sequence[Path] = ()  # that are kept
         self.starts: Sequence[Start] = ()
         self.outcome: str | None = None  # of the last start that said one
         self.goodput = Goodput()
@@ -129,6 +130,10 @@ class RunHistory:
         if age is None:
             return "waiting"
         return "silent" if age > max(SILENT_SECONDS, SILENT_LINES * self.usual_seconds_between_lines()) else "running"
+
+    def saved_steps(self) -> NDArray[np.float64]:
+        """Of every save that was written, those that are no longer kept as well."""
+        return np.unique(self.metrics.column("checkpoint/step")[1])
 
     def free_bytes(self) -> int:
         """Of the file system that the run folder is on."""

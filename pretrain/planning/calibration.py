@@ -71,6 +71,7 @@ CASES = (
     Case(hidden=512, layers=2, length=32, rows=1),
     Case(hidden=384, layers=4, length=256, rows=4, recomputation="full"),
 )
+CROWDED = Case(hidden=256, layers=2, length=256, rows=4, precision="fp32")  # taken on two ranks at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +154,8 @@ def random_batches(case: Case, seed: int) -> list[Batch]:
     ]
 
 
-def measure_case(case: Case, device: torch.device) -> float:
-    """Seconds of the plain engine's step."""
+def case_step(case: Case, device: torch.device) -> Callable[[], object]:
+    """The plain engine's step."""
     from pretrain.engines.plain import PlainEngine
     from pretrain.models.build import ModelBuilder
 
@@ -173,25 +174,32 @@ def measure_case(case: Case, device: torch.device) -> float:
     def step() -> None:
         engine.train_step(batches, 1).loss.item()  # the host waits for the whole step
 
-    return quickest(step, device)
+    return step
 
 
 def quickest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the quickest of some calls. One thread of a CPU counts its own time, so other programs do not."""
+    """Seconds of the quickest of some calls, the first left out."""
     import torch
 
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     work()
     found = []
     for _ in range(REPEATS):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        started = clock()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(clock() - started)
+        found.append(_seconds(work, waits_for_gpu=device.type == "cuda"))
     return min(found)
+
+
+def _seconds(work: Callable[[], object], *, waits_for_gpu: bool = False) -> float:
+    """Of a call. One thread of a CPU counts its own time, so other programs do not."""
+    import torch
+
+    clock = time.process_time if not waits_for_gpu and torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
+    work()
+    if waits_for_gpu:
+        torch.cuda.synchronize()
+    return clock() - started
 
 
 def calibrate(report: Callable[[str], None]) -> Calibration:
@@ -202,12 +210,13 @@ def calibrate(report: Callable[[str], None]) -> Calibration:
     start = _start(device)
     report(
         f"{start.name}, {start.precision}: {start.peak_flops / 1e12:.3g} TFLOP/s of large matmuls, "
-        f"{start.memory_bandwidth / 1e9:.3g} GB/s, links {start.node_bandwidth / 1e9:.3g} GB/s"
+        f"{start.memory_bandwidth / 1e9:.3g} GB/s, links {start.node_bandwidth / 1e9:.3g} GB/s, "
+        f"computing takes {start.crowding:.2f} times as long on two ranks at once"
     )
     cases = [replace(case, precision=start.precision) for case in CASES]
     seconds = []
     for case in cases:
-        seconds.append(measure_case(case, device))
+        seconds.append(quickest(case_step(case, device), device))
         report(f"{case.name}: {seconds[-1]:.4f} s")
     found = fit_cases(cases, seconds, start)
     for case, taken in zip(cases, seconds, strict=True):
@@ -290,7 +299,7 @@ def _start(device: torch.device) -> Device:
     source = torch.empty(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     copied = 2 * COPY_BYTES[device.type] / quickest(lambda: target.copy_(source), device)
-    bandwidth = _link_bandwidth(device)
+    bandwidth, crowding = _measure_pair(device)
     nodes = bandwidth if device.type == "cpu" else None  # of GPUs, what joins hosts is the data sheet's
     if device.type == "cuda":
         name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
@@ -313,26 +322,30 @@ def _start(device: torch.device) -> Device:
         node_devices=devices,
         node_bandwidth=bandwidth or nearest.node_bandwidth,
         network_bandwidth=nodes or nearest.network_bandwidth,
+        crowding=crowding,
     )
 
 
-def _link_bandwidth(device: torch.device) -> float | None:
-    """Bytes/s of a ring of two processes; None where there is but one GPU."""
+def _measure_pair(device: torch.device) -> tuple[float | None, float]:
+    """Of two processes: bytes/s of their ring, and how many times as long computing takes both at once as one alone.
+
+    None, and 1, where there is but one GPU; GPUs share neither memory nor caches.
+    """
     import torch
     import torch.multiprocessing as processes
 
     if device.type == "cuda" and torch.cuda.device_count() < 2:
-        return None
+        return None, 1.0
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(  # type: ignore[attr-defined,no-untyped-call]
             _exchange, args=(folder, device.type, torch.get_num_threads()), nprocs=2
         )
-        seconds = json.loads((Path(folder) / "seconds.json").read_text(encoding="utf-8"))
-    return float(LINK_BYTES / max(1e-9, seconds))
+        found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
+    return LINK_BYTES / max(1e-9, found["all_reduce_seconds"]), found["crowding"]
 
 
 def _exchange(rank: int, folder: str, kind: str, threads: int) -> None:
-    """On one of two processes: time all-reduces. An all-reduce of two ranks sends its bytes once through the ring."""
+    """On one of two processes: time all-reduces, each of which sends its bytes once through the ring, and steps."""
     import torch
     import torch.distributed as dist
 
@@ -353,6 +366,23 @@ def _exchange(rank: int, folder: str, kind: str, threads: int) -> None:
         started = time.perf_counter()
         work()
         taken.append(time.perf_counter() - started)
+    found = {"all_reduce_seconds": min(taken), "crowding": 1.0 if kind == "cuda" else _crowding(rank)}
     if rank == 0:
-        (Path(folder) / "seconds.json").write_text(json.dumps(min(taken)), encoding="utf-8")
+        (Path(folder) / "found.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
+
+
+def _crowding(rank: int) -> float:
+    """On both of two processes: rank 0 takes a step alone and beside the other's, in turns; the quickest of each."""
+    import torch
+    import torch.distributed as dist
+
+    step = case_step(CROWDED, torch.device("cpu"))
+    alone, beside = [], []
+    for _ in range(REPEATS + 1):
+        dist.barrier()
+        beside.append(_seconds(step))
+        dist.barrier()
+        if rank == 0:
+            alone.append(_seconds(step))
+    return max(1.0, min(beside[1:]) / min(alone[1:])) if rank == 0 else 1.0

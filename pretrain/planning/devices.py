@@ -36,6 +36,7 @@ class Device:
     matmul_efficiency: float  # share of the peak that large matmuls reach
     attention_efficiency: float  # share of the peak that fused attention's forward reaches
     precision: Arithmetic = "bf16"  # that it is quickest in, and plans for it train in
+    crowding: float = 1.0  # times a rank's computation takes where the host's other devices compute as well
     layer_seconds: float = 0.0  # of a layer and micro-batch that no size explains: launches, Python
 
 

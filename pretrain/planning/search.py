@@ -196,7 +196,7 @@ def _impossible(request: Request) -> Problem:
         return _illegal(request)
     leanest = min(plans, key=lambda plan: (plan.host_bytes > device.host_bytes, plan.needed_bytes))
     return Problem(
-        f"{request.name} ({request.shape_parameters / 1e9:.3g} billion parameters) does not fit {request.nodes} x "
+        f"{request.name} ({request.shape_parameters / 1e9:,.1f} billion parameters) does not fit {request.nodes} x "
         f"{request.node_devices} {device.name}: the leanest layout, {leanest.choice}, needs "
         f"{leanest.needed_bytes / GIB:.1f} GiB a device",
         f"at most {device.usable_bytes / GIB:.1f} GiB",

@@ -6,7 +6,7 @@ Owns the formulas. The rates are devices.py's, the constants constants.py's, wha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from pretrain.models.pipeline_stages import partition_layers
 from pretrain.planning.constants import Constants, Software
@@ -57,9 +57,11 @@ class LayerTime:
 def predict_step(work: Workload, device: Device, software: Software, constants: Constants) -> StepTime:
     """Add up the parts of a step.
 
-    A pipeline's slowest stage sets the pace of its micro-batches. Collectives of ZeRO run beside computation as far as
+    What ranks of one host share slows all computation down: memory, caches, clock rates (`crowding`). A pipeline's
+    slowest stage sets the pace of its micro-batches. Collectives of ZeRO run beside computation as far as
     there is any to hide them; of the rest of the collectives nothing is hidden.
     """
+    device = _beside_others(work, device)
     layer = layer_time(work, device, software, constants)
     layers, has_head = _slowest_stage(work)
     loss = _loss_seconds(work, device, constants) if has_head else 0.0
@@ -85,6 +87,18 @@ def predict_step(work: Workload, device: Device, software: Software, constants: 
         sharding=sharding,
         bubble=sum(per_micro_batch.values()) * _bubble_micro_batches(work),
         waiting=waiting + constants.straggling * busy * _nodes(work, device),
+    )
+
+
+def _beside_others(work: Workload, device: Device) -> Device:
+    """The device as one of several ranks finds it."""
+    if work.devices == 1 or device.crowding == 1.0:
+        return device
+    return replace(
+        device,
+        peak_flops=device.peak_flops / device.crowding,
+        memory_bandwidth=device.memory_bandwidth / device.crowding,
+        layer_seconds=device.layer_seconds * device.crowding,
     )
 
 

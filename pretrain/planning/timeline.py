@@ -1,11 +1,11 @@
 """When each rank of a pipeline computes what: the schedule played through, so that its bubbles can be seen.
 
-Plain numbers; the picture is page.py's. Ranks do what is ready, backwards first, with the schedule's limit of
-micro-batches in flight: for 1F1B that is exactly its order, for DualPipeV it is close to DeepSpeed's.
+Plain numbers; the picture is page.py's. The orders are those that 1F1B and DualPipeV were published with.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,55 +45,71 @@ class Timeline:
 def play(
     *, ranks: int, micro_batches: int, forward: tuple[float, ...], backward: tuple[float, ...], is_bidirectional: bool
 ) -> Timeline:
-    """Play a schedule through.
+    """Play a schedule through: every rank keeps its order, and waits for what it needs.
 
     Args:
         ranks: of the pipeline.
-        micro_batches: of a step.
+        micro_batches: of a step; in DualPipeV at least twice the ranks.
         forward: seconds of a micro-batch on each stage; twice as many stages as ranks in DualPipeV.
         backward: likewise, recomputation included.
         is_bidirectional: DualPipeV, in which rank r computes stage r and the r-th from the end.
     """
     stages = len(forward)
     assert stages == ranks * (2 if is_bidirectional else 1) == len(backward)
-    owner = [min(stage, stages - 1 - stage) if is_bidirectional else stage for stage in range(stages)]
-    limit = [stages - stage for stage in range(stages)]
+    order_of = _order_in_v if is_bidirectional else _order_of_1f1b
+    orders = [order_of(rank, ranks, micro_batches) for rank in range(ranks)]
+    next_in, free = [0] * ranks, [0.0] * ranks
     done: dict[tuple[Kind, int, int], float] = {}
-    next_of: dict[tuple[Kind, int], int] = {(kind, s): 0 for kind in ("forward", "backward") for s in range(stages)}
-    free = [0.0] * ranks
+    next_of: Counter[tuple[Kind, int]] = Counter()
     found: list[Work] = []
     while len(found) < 2 * stages * micro_batches:
-        rank, kind, stage, start = min(
-            _ready(done, next_of, limit, owner, free, micro_batches),
-            key=lambda one: (one[3], one[1] == "forward", -one[2]),
-        )
-        number = next_of[kind, stage]
-        end = start + (forward if kind == "forward" else backward)[stage]
-        done[kind, stage, number], next_of[kind, stage], free[rank] = end, number + 1, end
-        found.append(Work(rank=rank, stage=stage, micro_batch=number, kind=kind, start=start, end=end))
+        before = len(found)
+        for rank, order in enumerate(orders):
+            while next_in[rank] < len(order):
+                kind, stage = order[next_in[rank]]
+                number = next_of[kind, stage]
+                arrived = _arrived(done, kind, stage, number, stages - 1)
+                if arrived is None:
+                    break
+                start = max(arrived, free[rank])
+                end = start + (forward if kind == "forward" else backward)[stage]
+                done[kind, stage, number], free[rank] = end, end
+                next_of[kind, stage] += 1
+                next_in[rank] += 1
+                found.append(Work(rank=rank, stage=stage, micro_batch=number, kind=kind, start=start, end=end))
+        assert len(found) > before, "no rank waits for ever"
     return Timeline(ranks=ranks, work=tuple(found))
 
 
-def _ready(
-    done: dict[tuple[Kind, int, int], float],
-    next_of: dict[tuple[Kind, int], int],
-    limit: list[int],
-    owner: list[int],
-    free: list[float],
-    micro_batches: int,
-) -> list[tuple[int, Kind, int, float]]:
-    """What could start next on each stage, and when: its input must be there, and its rank free."""
-    found: list[tuple[int, Kind, int, float]] = []
-    last = len(owner) - 1
-    for stage, rank in enumerate(owner):
-        number = next_of["forward", stage]
-        in_flight = number - next_of["backward", stage]
-        if number < micro_batches and in_flight < limit[stage]:
-            arrived = done.get(("forward", stage - 1, number)) if stage else 0.0
-            if arrived is not None:
-                found.append((rank, "forward", stage, max(arrived, free[rank])))
-        number = next_of["backward", stage]
-        arrived = done.get(("forward" if stage == last else "backward", stage if stage == last else stage + 1, number))
-        if arrived is not None and number < micro_batches and number < next_of["forward", stage]:
-            found.append((rank, "backward", stage, max(arrived, free[rank])))
-    return found
+def _arrived(done: dict[tuple[Kind, int, int], float], kind: Kind, stage: int, number: int, last: int) -> float | None:
+    """When the input of a piece of work is there; None: not yet known."""
+    if kind == "forward":
+        return done.get(("forward", stage - 1, number)) if stage else 0.0
+    return done.get(("forward", stage, number) if stage == last else ("backward", stage + 1, number))
+
+
+def _order_of_1f1b(rank: int, ranks: int, micro_batches: int) -> list[tuple[Kind, int]]:
+    """Narayanan et al. 2021: fill the pipeline, alternate, drain it."""
+    fill = min(ranks - rank - 1, micro_batches)
+    ahead: tuple[Kind, int] = ("forward", rank)
+    back: tuple[Kind, int] = ("backward", rank)
+    return [ahead] * fill + [ahead, back] * (micro_batches - fill) + [back] * fill
+
+
+def _order_in_v(rank: int, ranks: int, micro_batches: int) -> list[tuple[Kind, int]]:
+    """DualPipeV (DeepSeek 2025): stages on the way out (0) and back (1); backwards are not cut in two here."""
+    out, home = rank, 2 * ranks - 1 - rank
+    forward_0: tuple[Kind, int] = ("forward", out)
+    forward_1: tuple[Kind, int] = ("forward", home)
+    backward_0: tuple[Kind, int] = ("backward", out)
+    backward_1: tuple[Kind, int] = ("backward", home)
+    near = ranks - rank - 1
+    return [
+        *[forward_0] * 2 * near,
+        *[forward_0, forward_1] * (rank + 1),
+        *[backward_1, forward_1] * near,
+        *[forward_0, backward_1, forward_1, backward_0] * (micro_batches - 2 * ranks + rank + 1),
+        *[backward_1, forward_1, backward_0] * near,
+        *[backward_1, backward_0] * (rank + 1),
+        *[backward_0] * near,
+    ]

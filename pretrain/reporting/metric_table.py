@@ -57,7 +57,7 @@ METRICS = (
         title="Loss of a source",
         unit="nats a token",
         meaning="Mean cross-entropy over the target tokens of one source of a mixture, since the last line;"
-        " absent where it gave none, and under pipelines, whose last stage alone sees losses.",
+        " absent where it gave none.",
         form="{:.4f}",
     ),
     Metric(
@@ -138,8 +138,7 @@ METRICS = (
         name="forward_backward_seconds",
         title="Forward and backward",
         unit="s a step",
-        meaning="Of this rank, in `step_seconds`, reductions that run meanwhile included. Absent under pipelines, whose"
-        " schedule mixes the parts.",
+        meaning="Of rank 0, in `step_seconds`; collectives that run meanwhile, without a wait for them, included.",
         form="{:,.0f} ms",
         scale=1000.0,
         has_curve=True,
@@ -149,8 +148,19 @@ METRICS = (
         name="optimizer_seconds",
         title="Optimizer",
         unit="s a step",
-        meaning="Norm, clipping, update, and what ZeRO reduces and gathers there; in `step_seconds`. Absent under"
-        " pipelines.",
+        meaning="Of rank 0, in `step_seconds`: norm, clipping, update.",
+        form="{:,.0f} ms",
+        scale=1000.0,
+        has_curve=True,
+        is_shown=True,
+    ),
+    Metric(
+        name="communication_seconds",
+        title="Communication",
+        unit="s a step",
+        meaning="Of rank 0, in `step_seconds` and in no other part: waiting for collectives and messages, and so for"
+        " slower ranks. Absent with one rank, and with FSDP on GPUs, whose streams wait for each other; what DeepSpeed"
+        " reduces on a stream of its own is not in it.",
         form="{:,.0f} ms",
         scale=1000.0,
         has_curve=True,

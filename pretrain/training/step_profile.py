@@ -16,6 +16,7 @@ _MARKS = (
     ("autograd::engine::evaluate_function", "backward"),
     ("Optimizer.", "optimizer"),
     ("athanor::optimizer", "optimizer"),
+    ("athanor::communication", "communication"),
     (DATA, "data"),
 )
 

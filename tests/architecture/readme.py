@@ -1,4 +1,4 @@
-"""The parts of README.md that are checked: command blocks marked as tested, and tables that commands generate.
+"""The checked parts of README.md and its like: command blocks marked as tested, and tables that commands generate.
 
 `python -m tests.architecture.readme` writes the tables anew.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.architecture.source_files import REPOSITORY
 
 README = REPOSITORY / "README.md"
+WITH_TABLES = (README, REPOSITORY / "pretrain/reporting/METRICS.md")
 TESTED = re.compile(r"<!-- tested -->\n```bash\n(.*?)```", re.DOTALL)
 GENERATED = re.compile(r"(<!-- generated: (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -42,7 +43,8 @@ def _output(command: str) -> str:
 
 
 def main() -> None:
-    README.write_text(with_generated_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in WITH_TABLES:
+        document.write_text(with_generated_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def pretrain_commands() -> Iterator[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,10 @@ def help_of(program: str, *subcommands: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-def test_tables_are_what_the_commands_print() -> None:
-    text = readme.README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", readme.WITH_TABLES, ids=lambda path: path.name)
+def test_tables_are_what_the_commands_print(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert readme.GENERATED.search(text), "a table is wanted here"
     assert readme.with_generated_tables(text) == text, "run: python -m tests.architecture.readme"
 
 

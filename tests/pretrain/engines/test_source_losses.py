@@ -38,6 +38,9 @@ LAYOUTS = [
     pytest.param(2, Case(engine="zero", zero_stage=3), id="zero 3"),
     pytest.param(2, Case(engine="zero", zero_stage=1, tensor=2), id="tensor", marks=pytest.mark.slow),
     pytest.param(2, Case(engine="zero", zero_stage=1, sequence=2), id="sequence", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="pipeline", pipeline=2), id="pipeline"),
+    pytest.param(4, Case(engine="pipeline", pipeline=2, tensor=2), id="pipeline tensor", marks=pytest.mark.slow),
+    pytest.param(4, Case(engine="pipeline", pipeline=2), id="pipeline data", marks=pytest.mark.slow),
     pytest.param(2, Case(engine="accelerate"), id="ddp", marks=pytest.mark.slow),
     pytest.param(2, Case(engine="accelerate", data_parallel="shard"), id="fsdp", marks=pytest.mark.slow),
 ]

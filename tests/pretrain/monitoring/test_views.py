@@ -15,6 +15,8 @@ from pretrain.__main__ import app, run_command_line
 from pretrain.monitoring.html_page import write_page
 from pretrain.monitoring.run_history import RunHistory
 from pretrain.monitoring.text_chart import draw_chart, thin
+from pretrain.reporting.metrics_file import MetricsFile
+from pretrain.reporting.record import Record
 from tests.pretrain.monitoring.runs import BEGAN, write_run
 
 CHROMIUM = shutil.which("chromium")
@@ -69,6 +71,20 @@ def test_the_page_compares_runs_and_escapes_their_names(tmp_path: Path) -> None:
     assert "&lt;img src=x onerror=alert(1)&gt;" in body
     assert body.count("<h2>Loss</h2>") == 1
     assert "http" not in body.split("<script", 1)[0]  # nothing is fetched
+
+
+def test_the_page_counts_saves_that_are_kept_no_longer(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "tiny", [4.0 - step / 300 for step in range(250)])
+    file = MetricsFile(folder / "metrics.jsonl")
+    for step in (50, 100, 100, 200):  # one told twice, as after a restart
+        file.append(Record(step=step + 1, time=BEGAN + step, values={"checkpoint/step": step}))
+    file.close()
+    (folder / "checkpoints" / "step-00000200").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000200" / "manifest.json").write_text("{}", encoding="utf-8")
+    run = RunHistory(folder)
+    assert run.saved_steps().tolist() == [50, 100, 200]
+    write_page([run], tmp_path / "page.html", BEGAN + 300)
+    assert "<td>3, 1 kept</td>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -34,6 +34,21 @@ def test_1f1b_waits_as_long_as_the_formula_says(ranks: int, micro_batches: int) 
     assert told.bubble == pytest.approx(bubble_fraction(ranks, micro_batches))
 
 
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 4), (2, 4), (4, 32), (8, 64)])
+def test_dualpipev_waits_about_half_as_long(ranks: int, micro_batches: int) -> None:
+    stages = 2 * ranks
+    told = play(
+        ranks=ranks,
+        micro_batches=micro_batches,
+        forward=(1.0,) * stages,
+        backward=(2.0,) * stages,
+        is_bidirectional=True,
+    )
+    half = (ranks - 1) / 2 / (micro_batches + (ranks - 1) / 2)
+    assert half <= told.bubble + 1e-9
+    assert told.bubble <= 1.3 * half
+
+
 @pytest.mark.parametrize("is_bidirectional", [False, True])
 def test_a_timeline_keeps_every_order(is_bidirectional: bool) -> None:
     stages = 8 if is_bidirectional else 4

@@ -18,6 +18,7 @@ from pretrain.planning.step_time import StepTime, predict_step
 from pretrain.planning.workload import Workload
 
 A100 = DEVICES["a100-80"]
+CROWDED = replace(A100, crowding=1.25)
 
 
 def shape_of(preset: str = "llama-13b") -> Architecture:
@@ -79,6 +80,17 @@ def test_what_costs_more_takes_longer() -> None:
     assert time_of(offloads_optimizer=True).optimizer > 10 * time_of().optimizer
     per_token = [time_of(micro_batch_size=size, micro_batches=32 // size).total for size in (1, 4)]
     assert per_token[0] > per_token[1]
+
+
+def test_ranks_that_share_a_host_slow_each_other_down() -> None:
+    one = work_of(data=1, zero_stage=0)
+    alone, shared = (predict_step(one, device, SOFTWARE["athanor"], CONSTANTS) for device in (A100, CROWDED))
+    assert alone == shared
+    both = work_of(data=2, zero_stage=0)
+    alone, shared = (predict_step(both, device, SOFTWARE["athanor"], CONSTANTS) for device in (A100, CROWDED))
+    for part in ("linear", "attention", "memory_bound", "loss", "optimizer"):
+        assert getattr(shared, part) == pytest.approx(1.25 * getattr(alone, part))
+    assert shared.waiting == pytest.approx(alone.waiting)
 
 
 def test_collectives_beyond_what_computation_hides_are_paid_in_full() -> None:
