@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work here, keep all, and take what lies here")
     parser.add_argument("--outcomes", type=Path, metavar="FILE", help="add every outcome here, for tests.chaos.report")
+    parser.add_argument("--patience", type=float, default=1.0, help="multiplies every deadline: for crowded machines")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seed = options.seed if options.seed is not None else int(time.time()) % 1_000_000
@@ -39,6 +40,7 @@ def main() -> int:
         tell=partial(print, flush=True),
         keep=partial(add_outcome, options.outcomes) if options.outcomes else lambda outcome: None,
         keeps_all=options.keep is not None,
+        patience=options.patience,
     )
     print("\n".join(report_lines(outcomes)))
     failed = any(outcome.problems for outcome in outcomes)

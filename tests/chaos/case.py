@@ -61,7 +61,11 @@ class Case:
         restarts: int | None = None,
         deadline_seconds: float = DEADLINE_SECONDS,
     ) -> Life:
-        """Start the run and wait for its end; checks that it went on from the newest whole checkpoint."""
+        """Start the run and wait for its end; checks that it went on from the newest whole checkpoint.
+
+        The deadline is multiplied by the session's patience.
+        """
+        deadline_seconds *= self.bench.patience
         expected = newest_whole(self.run_folder)
         life = self.bench.server.run(
             training_words(layout, self.run_file, *more),

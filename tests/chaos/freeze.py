@@ -16,9 +16,7 @@ from tests.chaos.results import last_published, resumed_from
 PHASES = ("start", "step", "save", "publish", "evaluation")
 SHORT, LONG = 0.5, 4.0  # seconds
 PHASE_SECONDS = 45  # deadline of every phase where a rank never wakes; a phase of these runs takes a second or so
-DEADLINES = tuple(
-    f"deadlines.{phase}_seconds={PHASE_SECONDS}" for phase in ("start", "first_step", "step", "save", "evaluation")
-)
+DEADLINES = ("start", "first_step", "step", "save", "evaluation")
 RESTART_SECONDS = 400  # of a life with a rank that stands still, its restart included, on a crowded machine
 SEVERAL_RANKS = tuple(layout for layout in LAYOUTS if layout.ranks > 1)
 
@@ -56,7 +54,9 @@ def _freeze_for_ever(case: Case) -> None:
     case.group = f"never wakes, {phase}"
     case.what = f"{layout.name}: rank {event.rank} stands still for ever at {event.name}"
     fault = at_event(event, "freeze", seconds=None)
-    life = case.live(layout, *DEADLINES, faults=[fault], restarts=1, deadline_seconds=RESTART_SECONDS)
+    seconds = PHASE_SECONDS * case.bench.patience
+    deadlines = [f"deadlines.{name}_seconds={seconds:g}" for name in DEADLINES]
+    life = case.live(layout, *deadlines, faults=[fault], restarts=1, deadline_seconds=RESTART_SECONDS)
     if life.was_ended:
         return
     check_nothing_lost(case, life)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from itertools import groupby
@@ -89,7 +90,9 @@ def _origin(outcomes: Sequence[Outcome]) -> Iterator[str]:
     date = datetime.now(timezone.utc).date().isoformat()
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch on CPU, gloo"
     hours = sum(outcome.seconds for outcome in outcomes) / 3600
-    yield f"{date}, {len(outcomes)} cases, {hours:.1f} hours of runs, on {machine}. Seeds:"
+    yield f"{date}, {len(outcomes)} cases, {hours:.1f} hours of runs, on {machine}. Code and seeds:"
+    for commit, count in Counter(outcome.commit for outcome in outcomes if outcome.commit).items():
+        yield f"- {count} of commit {commit}"
     for kind, of_kind in groupby(outcomes, key=lambda outcome: outcome.kind):
         yield f"- {kind}: {', '.join(_ranges([outcome.seed for outcome in of_kind]))}"
 

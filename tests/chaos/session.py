@@ -7,9 +7,10 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pretrain.checkpoint.provenance import git_state
 from tests.chaos import damage, freeze, full_disk, kills, poison
 from tests.chaos.case import OTHER, Case
 from tests.chaos.lives import ForkServer
@@ -36,6 +37,7 @@ class Outcome:
     faults: int
     problems: tuple[tuple[str, str], ...]
     seconds: float
+    commit: str = ""  # of the code that ran, with + where files were changed
 
 
 def run_cases(
@@ -47,6 +49,7 @@ def run_cases(
     tell: Callable[[str], None],
     keep: Callable[[Outcome], None] = lambda outcome: None,
     keeps_all: bool = False,
+    patience: float = 1.0,
 ) -> list[Outcome]:
     """Run the cases, some at a time; folders of those that ended well are removed, unless all are kept.
 
@@ -57,7 +60,8 @@ def run_cases(
         tell(f"full-disk: left out, {reason}")
         del counts["full-disk"]
     with ForkServer() as server, ThreadPoolExecutor(jobs) as threads:
-        bench = Bench(folder, server)
+        bench = Bench(folder, server, patience)
+        commit = _commit()
         waiting = [
             threads.submit(_run_case, bench, kind, first_seed + number, keeps_all)
             for kind, count in counts.items()
@@ -66,7 +70,7 @@ def run_cases(
         outcomes = []
         try:
             for future in waiting:
-                outcome = future.result()
+                outcome = replace(future.result(), commit=commit)
                 tell(_line(outcome))
                 keep(outcome)
                 outcomes.append(outcome)
@@ -95,6 +99,11 @@ def _run_case(bench: Bench, kind: str, seed: int, is_kept: bool) -> Outcome:
         problems=tuple(case.problems),
         seconds=time.monotonic() - began,
     )
+
+
+def _commit() -> str:
+    state = git_state(Path(__file__).parent) or {"commit": "unknown", "changed": ""}
+    return state["commit"][:7] + "+" * bool(state["changed"])
 
 
 def _line(outcome: Outcome) -> str:

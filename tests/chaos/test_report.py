@@ -9,7 +9,8 @@ from tests.chaos.session import Outcome
 
 
 def outcome(seed: int, *problems: tuple[str, str], kind: str = "kill", group: str = "rank, save") -> Outcome:
-    return Outcome(kind=kind, seed=seed, group=group, what="done", faults=1, problems=problems, seconds=1.0)
+    values = {"what": "done", "faults": 1, "seconds": 1.0, "commit": "abc" if seed == 1 else "def"}
+    return Outcome(kind=kind, seed=seed, group=group, problems=problems, **values)
 
 
 def test_outcomes_of_sessions_add_up_and_a_second_run_of_a_case_replaces_the_first(tmp_path: Path) -> None:
@@ -24,4 +25,5 @@ def test_outcomes_of_sessions_add_up_and_a_second_run_of_a_case_replaces_the_fir
     assert "- kill: 1 to 3, 7" in lines
     assert "`python -m tests.chaos --kind kill --seed 3 --count 1`: done" in lines
     assert "- hang: stood" in lines
+    assert "- 4 of commit def" in lines
     assert not any("gone" in line for line in lines)

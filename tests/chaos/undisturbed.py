@@ -45,8 +45,9 @@ class Undisturbed:
 class Bench:
     """The server, the data and the undisturbed runs of one session."""
 
-    def __init__(self, folder: Path, server: ForkServer) -> None:
+    def __init__(self, folder: Path, server: ForkServer, patience: float = 1.0) -> None:
         self.folder = folder
+        self.patience = patience  # multiplies every deadline
         self.server = server
         self.dataset = make_dataset(folder / "data")
         self._known: dict[str, Any] = {}
@@ -117,7 +118,7 @@ class Bench:
             folder=place,
             number=1,
             faults=faults,
-            deadline_seconds=DEADLINE_SECONDS,
+            deadline_seconds=DEADLINE_SECONDS * self.patience,
         )
         assert set(life.exit_codes) == {0}, f"{layout.name}: an undisturbed run ended {life.exit_codes}\n{life.log()}"
         (place / ENDED_WELL).touch()
