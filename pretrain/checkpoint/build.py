@@ -25,6 +25,8 @@ def build_store(
     folder, durable = run_folder / FOLDER_NAME, section.durable
     if section.local_folder:
         if place.world_size != place.local_world_size:
+            # a rank loads all weights of its part, whose fragments every node wrote: no node could resume from its own
+            # disk without getting the others' files over the network first
             ranks = f"{place.world_size} ranks, {place.local_world_size} of them on this node"
             raise ConfigError(
                 Problem(
