@@ -119,7 +119,12 @@ def measure(evaluation: Evaluation, data: OpenedSource, *, max_rows: int | None 
 
 
 def _refuse_long_rows(network: PreTrainedModel, datasets: Mapping[str, OpenedSource]) -> None:
-    """Learned positions end; rotary ones do not, but what comes after those of training is seldom known well."""
+    """Learned positions end; rotary ones do not, but what comes after those of training is seldom known well.
+
+    An encoder-decoder's are distances, the far ones of which share what was learnt.
+    """
+    if network.config.is_encoder_decoder:
+        return
     table = network.get_input_embeddings()
     tables = [module for module in network.modules() if isinstance(module, nn.Embedding) and module is not table]
     positions = min((module.num_embeddings for module in tables), default=None)

@@ -45,6 +45,7 @@ MODEL = {
     "num_heads": 4,
     "feed_forward_proj": "gated-gelu",
     "dropout_rate": 0.0,
+    "relative_attention_num_buckets": 8,  # fewer than a row has tokens
 }
 LAYOUTS = {
     "ZeRO 0": ["parallel.engine=zero", "parallel.zero_stage=0"],
