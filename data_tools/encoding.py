@@ -23,6 +23,7 @@ CHECKED_CHARACTERS = 1 << 15  # as long as they have no more than this together
 Ids = NDArray[np.integer]  # (tokens,) of any dtype
 
 REFRESHED_CHARACTERS = 64 << 20  # after so many the fast library is loaded anew: bounds its memory
+_ASCII = bytes(range(128))  # of which every character is safe
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +76,7 @@ class CheckedFastEncoder:
             raise ValueError(str(error).partition("\n")[0]) from error
         self._reference = tokenizer
         self._parallel = threads > 1
-        self._unsafe = unsafe_characters(tokenizer.tokenizer_json()).search
+        self._unsafe_pattern = unsafe_characters(tokenizer.tokenizer_json())
         self._is_marked = np.zeros(max(tokenizer.vocabulary_size, self._fast.vocab_size), bool)
         self._is_marked[tokenizer.marked_ids] = True
         self._marked_range = min(tokenizer.marked_ids), max(tokenizer.marked_ids)
@@ -108,7 +109,7 @@ class CheckedFastEncoder:
         self._characters += sum(map(len, texts))
         # the fast library reads special tokens in texts, the reference by our choice does not: it decides on these
         replaced = self._with_marked(documents)
-        doubtful = {number for number, text in enumerate(texts) if not text.isascii() and self._unsafe(text)}
+        doubtful = {number for number, text in enumerate(texts) if not text.isascii() and self._is_unsafe(text)}
         doubtful |= self._first_ones(texts)
         again = sorted(doubtful | replaced)
         self.checked += len(again)
@@ -120,6 +121,10 @@ class CheckedFastEncoder:
             else:
                 _require_equal(ids, documents[number], texts[number])
         return documents
+
+    def _is_unsafe(self, text: str) -> bool:
+        others = text.encode("utf-8").translate(None, _ASCII)  # most texts have few: to search all costs twice as much
+        return self._unsafe_pattern.search(others.decode("utf-8")) is not None
 
     def _with_marked(self, documents: Sequence[Ids]) -> set[int]:
         """Return which documents hold a special token."""

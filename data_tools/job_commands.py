@@ -144,7 +144,7 @@ def _prepare_on_cluster(asked: Any, shares: int, executor: Executor, cluster: Pa
     need_packages()
     from data_tools.curation.cluster import jobs_under_way, render_slurm, run_on_ray, submit_to_slurm
     from data_tools.curation.recipe_text import read_slurm
-    from data_tools.prepare_shared import cluster_job
+    from data_tools.prepare_shared import cluster_job, forget_other_work
 
     if executor is Executor.SLURM and cluster is None:
         raise UsageError("no --cluster", "a YAML file with a section slurm", "write slurm: {partition: NAME} into one")
@@ -153,12 +153,16 @@ def _prepare_on_cluster(asked: Any, shares: int, executor: Executor, cluster: Pa
         _show_stages(
             render_slurm(job) if executor is Executor.SLURM else ((s.name, f"    {s.tasks} tasks") for s in job.stages)
         )
-    elif executor is Executor.RAY:
-        run_on_ray(job)
-        typer.echo(f"{asked.output} is complete")
     elif under_way := jobs_under_way(job.work):
         _say_jobs(under_way, are_new=False)
+    elif asked.is_made():
+        typer.echo(f"{asked.output} is complete and was made from this very request: nothing to do")
+    elif executor is Executor.RAY:
+        forget_other_work(asked, job)
+        run_on_ray(job)
+        typer.echo(f"{asked.output} is complete")
     else:
+        forget_other_work(asked, job)
         _say_jobs(submit_to_slurm(job), are_new=True)
 
 

@@ -5,12 +5,14 @@ The dataset is byte for byte that of one machine: what a task's files hold does 
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_tools.choices import Backend
 from data_tools.input_files import find_inputs
@@ -26,6 +28,10 @@ from data_tools.worker_pool import EncodingPool
 if TYPE_CHECKING:
     from data_tools.curation.cluster import ClusterJob
     from data_tools.curation.recipe import Slurm
+    from data_tools.document_tokenizer import DocumentTokenizer
+    from data_tools.pieces import Piece
+
+_REQUEST = "request.json"  # in the work folder of a cluster's job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +52,7 @@ class Preparation:
             StorageError: another process encodes this share.
             Exception: as `prepare`.
         """
-        loaded = load_tokenizer(self.tokenizer, self.options.eos_token)
-        files = find_inputs(self.inputs)
-        request, job = preparation_job(files, loaded.identity, self.options, self.backend, self.range_bytes)
+        loaded, files, request, job = self._request()
         tasks = share.of(plan_tasks(files, self.range_bytes))
         if is_finished(self.output, request):
             return len(tasks)
@@ -89,6 +93,24 @@ class Preparation:
             progress=progress,
         )
 
+    def is_made(self) -> bool:
+        """Return whether the output is the whole dataset of this very request.
+
+        Raises:
+            UsageError: it holds something else.
+            ShardError: it is this dataset, damaged.
+        """
+        return is_finished(self.output, self._request()[2])
+
+    def name(self) -> str:
+        """Return what tells this request from all others."""
+        return self._request()[3]
+
+    def _request(self) -> tuple[DocumentTokenizer, list[Piece], dict[str, Any], str]:
+        loaded = load_tokenizer(self.tokenizer, self.options.eos_token)
+        files = find_inputs(self.inputs)
+        return loaded, files, *preparation_job(files, loaded.identity, self.options, self.backend, self.range_bytes)
+
 
 def cluster_job(preparation: Preparation, shares: int, slurm: Slurm | None = None) -> ClusterJob:
     """Return the job by which datatrove's executors run the shares, then put the dataset together.
@@ -109,3 +131,19 @@ def cluster_job(preparation: Preparation, shares: int, slurm: Slurm | None = Non
     return ClusterJob(
         name=f"prepare-{name}", stages=stages, work=output.parent / f".{output.name}.cluster", slurm=slurm
     )
+
+
+def forget_other_work(preparation: Preparation, job: ClusterJob) -> None:
+    """Make a cluster run all that this request needs.
+
+    What datatrove has noted as done for another request or another number of shares, or for an output that has been
+    removed since, would be left out.
+    """
+    from data_tools.curation.accounting import write_whole
+
+    place = job.work / _REQUEST
+    request = json.dumps({"request": preparation.name(), "shares": job.stages[0].tasks}).encode()
+    is_this = place.is_file() and place.read_bytes() == request
+    if not is_this or any((job.work / "logs" / job.stages[-1].name / "completions").glob("*")):
+        shutil.rmtree(job.work, ignore_errors=True)
+    write_whole(place, request)

@@ -35,7 +35,7 @@ def megatron(*words: object, documents: object = None) -> list[list[list[list[in
         text=True,
         cwd=REPOSITORY,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        timeout=240,
+        timeout=900,  # its imports take minutes on a crowded machine
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

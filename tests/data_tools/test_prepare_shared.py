@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,3 +186,29 @@ def test_datatroves_blocks_make_the_dataset(preparation: Preparation, tmp_path: 
     job = cluster_job(preparation, 3)
     run_stages(job.stages, job.work / "logs", 2, lambda *_: None)
     assert content(preparation.output) == content(alone.output)
+
+
+@pytest.mark.end_to_end
+def test_a_cluster_works_again_for_an_output_that_is_gone_and_for_another_request(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    pytest.importorskip("datatrove", reason="the extra curate is not installed")
+    from data_tools.curation.local import run_stages
+    from data_tools.prepare_shared import cluster_job, forget_other_work
+
+    def work(asked: Preparation) -> None:
+        job = cluster_job(asked, 2)
+        forget_other_work(asked, job)
+        run_stages(job.stages, job.work / "logs", 1, lambda *_: None)
+
+    work(preparation)
+    first = content(preparation.output)
+    assert preparation.is_made()
+    for asked in (preparation, replace(preparation, options=replace(OPTIONS, seed=9))):
+        shutil.rmtree(preparation.output)
+        assert not asked.is_made()
+        work(asked)
+        assert asked.is_made()
+        assert (content(preparation.output) == first) == (asked is preparation)
+    with pytest.raises(UsageError, match="another request"):
+        preparation.is_made()

@@ -95,6 +95,11 @@ def _compare(table: Table, speeds: dict[str, float], costs: dict[str, list[Cost]
             "30",
             met=tokens / wall >= 30e6,
         )
+        bare_fast = speeds["bare gigatoken, one process"]
+        table.add(
+            "prepare, gigatoken: of bare gigatoken, reading and writing, by processor",
+            f"{speeds['prepare, gigatoken'] / bare_fast:.2f}",
+        )
         all_in = middle([cost.cpu_seconds for cost in costs["prepare, gigatoken"]])
         table.add(
             "prepare, gigatoken, all in",
