@@ -140,7 +140,7 @@ def _without_redactions(folder: Path) -> Iterator[str]:
         text = (copy / file).read_text(encoding="utf-8")
         assert text.count(words) == 1, f"{file} has changed: {words}"
         (copy / file).write_text(text.replace(words, instead), encoding="utf-8")
-        code, written = _pytest(copy, [test, "--tb=line", "-rf"])
+        code, written = _pytest(copy, [test, "--tb=line", "-rf", "--show-capture=no"])
         assert code == 1, f"nobody sees that {what} is gone"
         yield _block(f"Without {what} (`{file}`)", written[written.index("\n=") + 1 :].replace(str(copy), ""), folder)
 
