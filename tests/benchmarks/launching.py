@@ -116,7 +116,8 @@ def _is_rank(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").split("\0")
     except OSError:
         return False
-    return {"pretrain", "train"} <= set(words) and not any("launch" in word or "torch" in word for word in words[:4])
+    started = [Path(word).name for word in words[1:4]]  # by the interpreter, whose own path may hold any word
+    return {"pretrain", "train"} <= set(words) and not any(name.startswith(("launch", "torch")) for name in started)
 
 
 def _began(pid: int) -> float:
