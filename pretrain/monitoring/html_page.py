@@ -74,7 +74,9 @@ def _summary(runs: Sequence[RunHistory], now: float) -> str:
         for alert in find_alerts(run, now)
     )
     table = f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</table>"
-    return table + (f"<h2>Alerts</h2><ul>{alerts}</ul>" if alerts else "<p>No alerts in the recent lines.</p>")
+    return table + (
+        f"<h2>Alerts of the recent lines</h2><ul>{alerts}</ul>" if alerts else "<p>No alerts in the recent lines.</p>"
+    )
 
 
 def _summary_row(run: RunHistory, now: float) -> str:
@@ -121,10 +123,14 @@ def _curves(runs: Sequence[RunHistory], colours: dict[int, str], names: Sequence
     from plotly import graph_objects as go
 
     figure = go.Figure()
+    shown: set[str] = set()  # in the legend
     places: list[list[Any]] = [[], [], []]  # for each way across, the horizontal values of every trace
     for run in runs:
         for name in names:
             for trace, steps in _traces(run, name, colours[id(run)], is_only=len(names) == 1):
+                entry = f"{trace.mode} {trace.name}"  # of a kind of mark one for all runs, whatever their names
+                trace.update(legendgroup=entry, showlegend=entry not in shown)
+                shown.add(entry)
                 figure.add_trace(trace)
                 for across, values in zip(places, _across(run, steps), strict=True):
                     across.append(values)
@@ -136,11 +142,11 @@ def _curves(runs: Sequence[RunHistory], colours: dict[int, str], names: Sequence
         yaxis={"title": {"text": unit or title.lower()}},
         xaxis={"title": {"text": HORIZONTAL["steps"]}},
         updatemenus=[
-            {"type": "buttons", "direction": "left", "x": 1, "xanchor": "right", "y": 1.15, "buttons": buttons}
+            {"type": "buttons", "direction": "left", "x": 1, "xanchor": "right", "y": 1.28, "buttons": buttons}
         ],
         modebar={"orientation": "v"},  # lying, it would cover the buttons
-        height=420,
-        margin={"t": 50, "b": 50, "l": 80, "r": 20},
+        height=450,
+        margin={"t": 80, "b": 50, "l": 80, "r": 20},  # the legend lies below the buttons
         template="plotly_white",
         font={"size": 14, "color": "#1b1b1f"},
         legend={"orientation": "h", "y": 1.12},
@@ -164,14 +170,15 @@ def _traces(run: RunHistory, name: str, colour: str, *, is_only: bool) -> Iterat
     if name != "loss":
         return
     for kind, symbol, places in (
-        ("spike", "triangle-down", all_steps[spikes(all_values)][-200:]),
-        ("start again", "x", np.array([start.step for start in run.starts[1:]], dtype=float)),
-        ("save", "line-ns-open", run.saved_steps()),
+        ("spikes", "triangle-down", all_steps[spikes(all_values)][-200:]),
+        ("starts again", "x", np.array([start.step for start in run.starts[1:]], dtype=float)),
+        ("saves", "line-ns-open", run.saved_steps()),
     ):
         if places.size:
             marker = {"symbol": symbol, "size": 11, "color": colour, "line": {"color": colour, "width": 1.5}}
             heights = np.interp(places, all_steps, np.nan_to_num(all_values, posinf=0.0, neginf=0.0))
-            yield go.Scatter(x=places, y=heights, name=f"{run.name}: {kind}", mode="markers", marker=marker), places
+            note = f"{run.name}: {kind}<extra></extra>"
+            yield go.Scatter(x=places, y=heights, name=kind, mode="markers", marker=marker, hovertemplate=note), places
 
 
 def _across(run: RunHistory, steps: Any) -> Iterator[Any]:
