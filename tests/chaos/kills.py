@@ -64,10 +64,14 @@ def _at_a_time(case: Case, layout: Layout, undisturbed: Undisturbed, victim: str
 
 def _kill(case: Case, layout: Layout, fault: dict[str, Any], *, restarts: int | None = None) -> None:
     """One life that a kill ends. A time that lies behind the run's end kills nothing, which is not counted."""
+    begun_at = newest_whole(case.run_folder)
     life = case.live(layout, faults=[fault], restarts=restarts)
     if restarts and set(life.exit_codes) == {0} and life.trace(attempt=1):
         case.faults_done += 1
-        if resumed_from(life.log()) < last_published(life.trace()):
+        # killed before it said so, the first start has no line
+        said_so = begun_at > 0 and any(event.startswith("train step") for event in life.trace())
+        found = resumed_from(life.log(), earlier_starts_resumed=int(said_so))
+        if found < max(begun_at, last_published(life.trace())):
             case.wrong(LOST, "the launcher's restart did not go on from the newest checkpoint")
         return
     if set(life.exit_codes) == {0}:

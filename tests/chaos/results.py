@@ -102,10 +102,15 @@ def find_leftovers(run_folder: Path) -> list[str]:
     )
 
 
-def resumed_from(log: str) -> int:
-    """The step that a start said it goes on from, 0 where it began afresh."""
-    match = re.search(r"going on from \S+: step (\d+)", log)
-    return int(match[1]) if match else 0
+def resumed_from(log: str, *, earlier_starts_resumed: int = 0) -> int:
+    """The step that a start said it goes on from, 0 where it began afresh.
+
+    Args:
+        log: of one start, or of several under a launcher: then the last one is meant.
+        earlier_starts_resumed: how many of the starts before it went on from a checkpoint.
+    """
+    steps = re.findall(r"going on from \S+: step (\d+)", log)[earlier_starts_resumed:]
+    return int(steps[-1]) if steps else 0
 
 
 def _are_close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
