@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 from tests.chaos.case import DIFFERENT, HANG, LOST, OTHER, UNDETECTED
-from tests.chaos.session import Outcome
+from tests.chaos.session import COUNTS, Outcome
 
 HEADING = (
     "# What was done to runs, and what came of it",
@@ -61,6 +61,14 @@ def report_lines(outcomes: Sequence[Outcome]) -> list[str]:
             ]
             lines += [f"- {category}: {sentence}" for category, sentence in outcome.problems]
     return lines
+
+
+def missing_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """What the full table has more of."""
+    found = Counter(outcome.kind for outcome in outcomes)
+    missing = [f"{kind} {found[kind]} of {count}" for kind, count in COUNTS.items() if found[kind] < count]
+    if missing:
+        yield from ("", f"Fewer than the full table has: {', '.join(missing)}.")
 
 
 def add_outcome(file: Path, outcome: Outcome) -> None:
@@ -105,4 +113,5 @@ def _ranges(numbers: Sequence[int]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join([*HEADING, *report_lines(read_outcomes(Path(sys.argv[1])))]))
+    _outcomes = read_outcomes(Path(sys.argv[1]))
+    print("\n".join([*HEADING, *report_lines(_outcomes), *missing_lines(_outcomes)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.chaos.report import add_outcome, read_outcomes, report_lines
+from tests.chaos.report import add_outcome, missing_lines, read_outcomes, report_lines
 from tests.chaos.session import Outcome
 
 
@@ -27,3 +27,5 @@ def test_outcomes_of_sessions_add_up_and_a_second_run_of_a_case_replaces_the_fir
     assert "- hang: stood" in lines
     assert "- 4 of commit def" in lines
     assert not any("gone" in line for line in lines)
+    (said,) = [line for line in missing_lines(read_outcomes(file)) if line]
+    assert said.startswith("Fewer than the full table has: kill 4 of 100, damage 1 of 50, ")
