@@ -31,6 +31,11 @@ HEADING = (
     "messages and leftovers. *faults* counts the harm that was done: a time drawn for a kill may lie behind the end of",
     "a run. `python -m tests.chaos --kind KIND --seed SEED --count 1` is any of these cases again.",
     "",
+    "One run under torchrun with two ranks, killed -9 five times, beside one that was left alone: losses equal to the",
+    "bit (`python -m tests.chaos.killed_run --seed 5 --plot tests/chaos/killed_run.png`).",
+    "",
+    "![losses of both runs](killed_run.png)",
+    "",
 )
 COLUMNS = {
     LOST: "lost checkpoints",
