@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import orjson
@@ -32,6 +33,7 @@ class Journal:
         if path.is_file():
             lines, whole = _whole_lines(path)
             self.entries = lines[1:]
+        self._lock = Lock()
         self._file: BinaryIO = path.open("r+b" if path.is_file() else "w+b")
         self._file.truncate(whole)  # what a kill left of the last line
         self._file.seek(whole)
@@ -56,10 +58,12 @@ class Journal:
         return lines[0].get("facts", {}), len(lines) - 1
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Write one line; it is on the disk when this returns."""
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write one line; it is on the disk when this returns. Safe to call from several threads."""
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

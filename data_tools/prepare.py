@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from data_tools.duplicate_ids import find_duplicate_ids
 from data_tools.errors import InputError, UsageError
 from data_tools.input_files import find_inputs
 from data_tools.journal import Journal
-from data_tools.manifest import Manifest, TokenizerIdentity, load_manifest, save_manifest
+from data_tools.manifest import Manifest, ShardRecord, TokenizerIdentity, load_manifest, save_manifest
 from data_tools.pieces import Piece
 from data_tools.preparation_report import write_report
 from data_tools.publish import Made, is_finished, staged_output
@@ -37,11 +37,12 @@ from data_tools.shard_assembly import SplitAssembly
 from data_tools.shard_verify import split_folders
 from data_tools.shard_writer import SHARD_TOKENS, token_dtype
 from data_tools.shuffle import ShuffledAssembly
+from data_tools.streamed_assembly import assemble_while_encoding
 from data_tools.task_encoding import SPLITS, EncodingOptions, TaskResult, split_numbers, task_file
 from data_tools.task_shares import adopt_shares, remove_shares
 from data_tools.tokenizer import load_tokenizer
 from data_tools.worker_host import WorkerHost
-from data_tools.worker_pool import HANG_SECONDS, EncodingPool, start_host
+from data_tools.worker_pool import HANG_SECONDS, EncodingPool, Finished, start_host
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +144,13 @@ def prepare(
         with closing(Journal(work, job, facts)) as journal:
             pool = EncodingPool(options=replace(encoding, threads=threads), workers=workers, hang_seconds=hang_seconds)
             adopt_shares(output, job, work, journal)
-            results = _encode_all(tasks, pool, journal, progress, host)
-            made = _assemble(tasks, results, draft, options, journal, staging)
+            known = _finished_tasks(tasks, pool.options, journal, progress)
+            assemblies = {name: _assembly(number, staging, draft, options) for number, name in enumerate(SPLITS)}
+            at_once = len(SPLITS) if options.shuffle_seed is None else 1  # of shuffles each takes memory
+            # closed at once when this fails: no worker may write into a folder that is being removed
+            with closing(_encode(tasks, known, pool, journal, progress, host)) as encoded:
+                results, shards = assemble_while_encoding(assemblies, tasks, known, encoded, journal, at_once)
+            made = _save_manifests(tasks, results, shards, draft, staging)
         gather_quarantine(tasks, results, work, staging / "quarantine.jsonl")
         shutil.rmtree(staging / "tokenizer", ignore_errors=True)  # of a run that was stopped here
         loaded.copy_to(staging / "tokenizer")
@@ -227,51 +233,57 @@ def _goes_on(work: Path, job: str, facts: Mapping[str, Any], output: Path) -> bo
     return Journal.belongs_to(work, job)
 
 
-def _encode_all(
-    tasks: Sequence[Task], pool: EncodingPool, journal: Journal, progress: Progress | None, host: WorkerHost | None
-) -> list[TaskResult]:
-    """Encode the tasks that no earlier run has finished, and return the results of all."""
-    for left_over in pool.options.folder.glob("*.tmp"):
+def _finished_tasks(
+    tasks: Sequence[Task], options: EncodingOptions, journal: Journal, progress: Progress | None
+) -> dict[int, TaskResult]:
+    """Return the results that earlier runs have left, and begin to show progress."""
+    for left_over in options.folder.glob("*.tmp"):
         left_over.unlink()
     results = {entry["task"]: TaskResult(**entry["result"]) for entry in journal.entries if "task" in entry}
     if progress is not None:
         finished = sum(task.disk_bytes for task in tasks if task.number in results)
         progress.start(sum(task.disk_bytes for task in tasks), finished)
-    missing = [task for task in tasks if task.number not in results]
+    return results
+
+
+def _encode(
+    tasks: Sequence[Task],
+    known: Mapping[int, TaskResult],
+    pool: EncodingPool,
+    journal: Journal,
+    progress: Progress | None,
+    host: WorkerHost | None,
+) -> Generator[Finished, None, None]:
+    """Encode the tasks that no earlier run has finished, and yield each when it is in the journal."""
+    missing = [task for task in tasks if task.number not in known]
     on_progress = (lambda *_: None) if progress is None else progress.advance
-    # closed at once when this loop fails: no worker may write into a folder that is being removed
     with closing(pool.run(missing, on_progress, host)) as finished_tasks:
         for task, result in finished_tasks:
-            results[task.number] = result
             journal.append({"task": task.number, "result": asdict(result)})
-    return [results[task.number] for task in tasks]
+            yield task, result
 
 
-def _assemble(
+def _save_manifests(
     tasks: Sequence[Task],
     results: Sequence[TaskResult],
+    shards: Mapping[str, Sequence[ShardRecord]],
     draft: Manifest,
-    options: PrepareOptions,
-    journal: Journal,
     staging: Path,
 ) -> Made:
-    """Make the shards of every split that has documents, then their manifests."""
+    """Write the manifest of every split that has documents."""
     dropped, examples = count_dropped(tasks, results)
-    documents = np.array([result.documents for result in results], np.int64).reshape(-1, len(SPLITS)).sum(axis=0)
-    if not documents[0]:
-        raise _nothing_to_train_on(dropped, examples, has_documents=bool(documents.any()))
-    shards = {}
-    for number in np.flatnonzero(documents).tolist():
-        assembly = _assembly(number, staging, draft, options)
-        shards[SPLITS[number]] = tuple(assembly.run(tasks, results, journal))
+    if not shards[SPLITS[0]]:
+        raise _nothing_to_train_on(dropped, examples, has_documents=any(shards.values()))
     counts = np.zeros(draft.vocabulary_size, np.int64)
     for task in tasks:
         counts += np.fromfile(task_file(staging / WORK_FOLDER, task.number, "counts"), np.int64)
     manifests = {}
     for name, records in shards.items():
+        if not records:
+            continue
         manifests[name] = replace(
             draft.for_split(name),
-            shards=records,
+            shards=tuple(records),
             dropped=dropped,
             dropped_examples=tuple(examples),
             unigram_entropy_nats=entropy_nats(counts),

@@ -35,8 +35,10 @@ class SplitAssembly:
     shard_tokens: int | None  # None: all in one
     has_metadata: bool = False  # a line of JSON a document is put beside the tokens
 
-    def run(self, tasks: Sequence[Task], results: Sequence[TaskResult], journal: Journal) -> list[ShardRecord]:
+    def run(self, tasks: Sequence[Task], results: Iterable[TaskResult], journal: Journal) -> list[ShardRecord]:
         """Write the shards that are missing, remove the tasks' tokens that are in them, and return all records.
+
+        A task's files are looked at when its result has come; results may be slow to come.
 
         Raises:
             OSError: a shard cannot be written; it is gone, the earlier ones are whole.
@@ -102,7 +104,6 @@ class SplitAssembly:
 
     def finished(self, journal: Journal) -> list[ShardRecord]:
         """Return the shards that an earlier run has made."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         return [
             _record(entry["shard"])
             for entry in journal.entries
@@ -111,6 +112,7 @@ class SplitAssembly:
 
     def begin(self, records: Sequence[ShardRecord]) -> OpenShard:
         """Begin the shard that follows these."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         return OpenShard(
             self.folder,
             f"shard-{len(records):05d}",

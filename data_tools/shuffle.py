@@ -6,7 +6,7 @@ are; a shard that the journal names is not made again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,15 +46,18 @@ class ShuffledAssembly(SplitAssembly):
     bucket_bytes: int = BUCKET_BYTES
     most_buckets: int = _MOST_BUCKETS
 
-    def run(self, tasks: Sequence[Task], results: Sequence[TaskResult], journal: Journal) -> list[ShardRecord]:
+    def run(self, tasks: Sequence[Task], results: Iterable[TaskResult], journal: Journal) -> list[ShardRecord]:
         """Write the shards that are missing, and return all records.
 
         Raises:
             OSError: a shard cannot be written; it is gone, the earlier ones are whole.
         """
+        all_results = list(results)  # the last document may be the first one
+        if not any(result.documents[self.split] for result in all_results):
+            return []
         files = list(_numbers(tasks))
         records = self.finished(journal)
-        buckets, parts = self._buckets(tasks, results, journal)
+        buckets, parts = self._buckets(tasks, all_results, journal)
         shard: OpenShard | None = None
         skip = sum(record.documents for record in records)
         done: list[Path] = []
