@@ -308,6 +308,20 @@ def test_retention_deletes_nothing_unless_a_kept_one_reads_back(
     assert names(checkpoints) == ["step-00000003"]
 
 
+def test_nothing_is_deleted_while_no_kept_checkpoint_was_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a save expects of the folder when it begins may no longer hold when it is published."""
+    checkpoints = CheckpointStore(tmp_path, keep_last=1)
+    monkeypatch.setattr(CheckpointStore, "_must_read_back", lambda *_: False)
+    for step in (1, 2):
+        save_state(checkpoints, step, make_state(step))
+    assert names(checkpoints) == ["step-00000001", "step-00000002"]
+    assert checkpoints.verify(tmp_path / "step-00000002") is None
+    save_state(checkpoints, 3, make_state(3))
+    assert names(checkpoints) == ["step-00000001", "step-00000002", "step-00000003"]
+
+
 def test_every_so_many_steps_are_kept(tmp_path: Path) -> None:
     checkpoints = CheckpointStore(tmp_path, keep_last=1, keep_best=0, keep_every_steps=4)
     for step in range(2, 11, 2):
