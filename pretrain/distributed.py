@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 from pretrain.errors import LaunchError, Problem
 
+SECONDS_TO_REACH_THE_STORE = 60  # of the group, once it stands
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -157,9 +159,18 @@ def _store_of_this_attempt(timeout_seconds: float) -> Any:
 
 
 def own_store() -> Any:
-    """A connection of one's own to the store of the process group: its calls wait for none of the group's."""
+    """A connection of one's own to the store of the process group: its calls wait for none of the group's.
+
+    Raises:
+        DistNetworkError: the rank that keeps the store is gone; found in a minute, where the group would try for hours.
+    """
     store: Any = dist.distributed_c10d._get_default_store()
-    return store.clone()
+    patience = store.timeout
+    store.set_timeout(datetime.timedelta(seconds=SECONDS_TO_REACH_THE_STORE))
+    try:
+        return store.clone()
+    finally:
+        store.set_timeout(patience)
 
 
 def _put_own_tools_first() -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import datetime
+import subprocess
+import sys
 
+import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from pretrain import distributed
 from pretrain.distributed import Place, read_place
 from pretrain.errors import LaunchError
 
@@ -46,3 +53,30 @@ def test_no_launcher_means_one_process() -> None:
 def test_contradictions_are_refused(variables: dict[str, str], told: str) -> None:
     with pytest.raises(LaunchError, match=told):
         read_place(variables)
+
+
+KEEPER = """
+import sys
+from torch._C._distributed_c10d import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_store_whose_rank_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [sys.executable, "-c", KEEPER]
+    keeper = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert keeper.stdout is not None
+        hours = datetime.timedelta(hours=2)
+        store = TCPStore("127.0.0.1", int(keeper.stdout.readline()), is_master=False, timeout=hours)
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: PrefixStore("group", store))
+        distributed.own_store().set("key", "value")
+        assert store.timeout == hours
+    finally:
+        keeper.kill()
+        keeper.wait()
+    monkeypatch.setattr(distributed, "SECONDS_TO_REACH_THE_STORE", 1)
+    with pytest.raises(dist.DistNetworkError):
+        distributed.own_store()
