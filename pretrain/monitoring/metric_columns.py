@@ -22,8 +22,11 @@ EXACT_BYTES = 2 << 20  # of the end of a file: read line by line (some 8,000 lin
 STRETCHES = 500  # into which the lines before are cut
 LINES_OF_A_STRETCH = 20  # kept, besides its lowest and highest loss and every line that is not a training line
 _LOSS = re.compile(rb'"loss":([-+.e\d]+)')
-_NOT_FINITE_LOSS = re.compile(rb'"loss":"')
-_RARE = re.compile(rb'"(?:validation|checkpoint)/')  # what only some lines hold
+_RARE = (
+    b'"validation/',
+    b'"checkpoint/',
+    b'"loss":"',
+)  # what only some lines hold; the last is a loss that is not finite
 
 
 class MetricColumns:
@@ -117,13 +120,21 @@ def _thinned(text: bytes) -> Iterator[bytes]:
 def _some_lines(stretch: bytes) -> Iterator[bytes]:
     """Lines at even distances, those of the extreme losses, and the rare kinds, found without looking at each line."""
     places = set(range(0, len(stretch), max(1, len(stretch) // LINES_OF_A_STRETCH)))
-    places.update(match.start() for match in _RARE.finditer(stretch))
+    for mark in _RARE:
+        places.update(_all_places(mark, stretch))
     texts = _LOSS.findall(stretch)
     with suppress(ValueError):  # of a damaged line
         losses = list(map(float, texts))
         for extreme in (min, max) if losses else ():
             places.add(stretch.index(b'"loss":' + texts[losses.index(extreme(losses))]))
-    places.update(match.start() for match in _NOT_FINITE_LOSS.finditer(stretch))
     begins = {stretch.rfind(b"\n", 0, place) + 1 for place in places}
     for begin in sorted(begins):
         yield stretch[begin : stretch.index(b"\n", begin)]
+
+
+def _all_places(mark: bytes, text: bytes) -> Iterator[int]:
+    """Where a mark stands; a search for bytes takes a tenth of a pattern's time."""
+    place = text.find(mark)
+    while place >= 0:
+        yield place
+        place = text.find(mark, place + len(mark))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +13,13 @@ from hypothesis import strategies as st
 
 from data_tools.token_shards import Row
 from pretrain.config_data import SpanCorruptionSection
+from pretrain.data.loader import training_batch
 from pretrain.data.micro_batch import empty_row
 from pretrain.data.span_batch import build_span_batch
 from pretrain.data.span_corruption import SpanCorruption
+from pretrain.data.training_rows import Location, TrainingRows
 from pretrain.models.batch import IGNORED_LABEL
+from tests.pretrain.data.datasets import open_sources, write_documents
 
 FIRST, EOS = 1000, 0
 
@@ -105,3 +111,20 @@ def test_different_rows_of_a_source_get_different_spans() -> None:
 def test_impossible_shares_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="greater than|less than"):
         SpanCorruptionSection(**values)
+
+
+def test_spans_of_training_rows_depend_on_seed_source_epoch_and_row(tmp_path: Path) -> None:
+    write_documents(tmp_path, [list(range(1, 65))] * 3, vocabulary_size=FIRST)
+    [source] = open_sources([tmp_path], 64)
+    source = replace(source, span_corruption=corruption())
+
+    def read_of(place: Location, seed: int = 3) -> list[int]:
+        rows = TrainingRows([source], seed=seed)
+        batch = training_batch(rows, [place], [source.row(place.row)])
+        return batch.input_ids[0].tolist()
+
+    place = Location(source=0, row=1, epoch=0)
+    assert read_of(place) == read_of(place)
+    others = [place._replace(row=2), place._replace(epoch=1)]
+    assert all(read_of(place) != read_of(other) for other in others)
+    assert read_of(place) != read_of(place, seed=4)
