@@ -135,3 +135,14 @@ def test_a_named_checkpoint_is_taken_and_leads_on_from_there(tmp_path: Path) -> 
     assert_holds(chosen, make_state(22))
     with pytest.raises(CheckpointError, match="manifest.json is missing"):
         choose_checkpoint(checkpoints, str(tmp_path / "nowhere"))
+
+
+def test_the_newest_is_the_last_saved_and_not_the_furthest(tmp_path: Path) -> None:
+    checkpoints = CheckpointStore(tmp_path, keep_last=9)
+    for step in (100, 300, 200):  # the run fell back, and whole states of the steps it left are still there
+        save_state(checkpoints, step, make_state(step))
+    assert [path.name for path in checkpoints.list()] == ["step-00000100", "step-00000300", "step-00000200"]
+    (tmp_path / "latest").unlink()
+    newest = CheckpointStore(tmp_path).newest_valid()
+    assert newest is not None
+    assert newest.manifest.step == 200

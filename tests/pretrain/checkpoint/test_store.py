@@ -346,17 +346,6 @@ def test_a_rejected_newer_step_does_not_push_out_good_ones(tmp_path: Path) -> No
     assert newest.manifest.step == 150
 
 
-def test_the_newest_is_the_last_saved_and_not_the_furthest(tmp_path: Path) -> None:
-    checkpoints = CheckpointStore(tmp_path, keep_last=9)
-    for step in (100, 300, 200):  # the run fell back, and whole states of the steps it left are still there
-        save_state(checkpoints, step, make_state(step))
-    assert names(checkpoints) == ["step-00000100", "step-00000300", "step-00000200"]
-    (tmp_path / "latest").unlink()
-    newest = CheckpointStore(tmp_path).newest_valid()
-    assert newest is not None
-    assert newest.manifest.step == 200
-
-
 def test_a_failed_deletion_is_logged_and_the_save_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
