@@ -7,18 +7,21 @@ the end is that of an undisturbed run to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from tests.chaos.case import HANG, LOST, OTHER, Case, at_event
 from tests.chaos.kills import check_nothing_lost
 from tests.chaos.layouts import LAYOUTS
 from tests.chaos.lives import Life
 from tests.chaos.results import last_published, resumed_from
+from tests.chaos.undisturbed import Event
 
 PHASES = ("start", "step", "save", "publish", "evaluation")
 SHORT, LONG = 0.5, 4.0  # seconds
 PHASE_SECONDS = 45  # deadline of every phase where a rank never wakes; a phase of these runs takes a second or so
 DEADLINES = ("start", "first_step", "step", "save", "evaluation")
 RESTART_SECONDS = 400  # of a life with a rank that stands still, its restart included, on a crowded machine
-LAST_ACT = "remove run.lock"  # all is saved and no rank is left to see it: only a launcher does (launch/silence.py)
+LAST_MEETING = "end of evaluate"  # after the last, ranks end one by one
 SEVERAL_RANKS = tuple(layout for layout in LAYOUTS if layout.ranks > 1)
 
 
@@ -51,8 +54,7 @@ def _freeze_for_ever(case: Case) -> None:
     """The launcher's restart must end well, and the log name the rank that stood still."""
     layout, undisturbed = case.choose_layout(SEVERAL_RANKS)
     phase = case.random.choice(PHASES)
-    events = [one for one in undisturbed.whole_events if one.phase == phase and one.name != LAST_ACT]
-    event = case.random.choice(events)
+    event = case.random.choice([one for one in _seen_events(undisturbed.whole_events) if one.phase == phase])
     case.group = f"never wakes, {phase}"
     case.what = f"{layout.name}: rank {event.rank} stands still for ever at {event.name}"
     fault = at_event(event, "freeze", seconds=None)
@@ -81,6 +83,12 @@ def _freeze_for_ever(case: Case) -> None:
     if resumed_from(log) < last_published(life.trace()):
         case.wrong(LOST, "the launcher's restart did not go on from the newest checkpoint")
     case.judge(undisturbed)
+
+
+def _seen_events(events: Sequence[Event]) -> Iterator[Event]:
+    """Those at which another rank still waits for this one; the rest only a launcher sees (launch/silence.py)."""
+    last = {one.rank: place for place, one in enumerate(events) if one.name == LAST_MEETING}
+    return (one for place, one in enumerate(events) if place <= last[one.rank])
 
 
 def _was_frozen(life: Life, rank: int) -> bool:
