@@ -124,7 +124,7 @@ def _some_lines(stretch: bytes) -> Iterator[bytes]:
         places.update(_all_places(mark, stretch))
     texts = _LOSS.findall(stretch)
     with suppress(ValueError):  # of a damaged line
-        losses = list(map(float, texts))
+        losses = orjson.loads(b"[" + b",".join(texts) + b"]")  # half the time of a call of float for each
         for extreme in (min, max) if losses else ():
             places.add(stretch.index(b'"loss":' + texts[losses.index(extreme(losses))]))
     begins = {stretch.rfind(b"\n", 0, place) + 1 for place in places}
