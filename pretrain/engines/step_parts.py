@@ -70,7 +70,7 @@ class StepParts:
         try:
             yield
         finally:
-            dist.Work.wait = wait  # type: ignore[method-assign]
+            dist.Work.wait = wait  # type: ignore[method-assign]  # as it was
 
     @contextmanager
     def finishing(self, objective: torch.Tensor) -> Iterator[None]:

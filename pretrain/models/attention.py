@@ -61,11 +61,14 @@ def _why_not(network_class: type[PreTrainedModel], config: PretrainedConfig, pre
     """Every implementation, the fastest first, with the reason why it cannot run, or None."""
     half = "its kernels compute in half precision, the run in fp32" if precision == "fp32" else None
     family = None if network_class._supports_flash_attn else "the family has no such attention in transformers"
+    # families with attention of their own know no name of ours, and those without sdpa need more: sinks, soft caps
+    takes_ours = network_class._supports_attention_backend and network_class._supports_sdpa
+    unknown = None if takes_ours else "the family's attention takes no other kernel"
     has_flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
     installed = None if has_flash else "flash_attn is not installed, or there is no CUDA device"
     return {
         FLASH: family or installed or half,
-        VARLEN: family or varlen_attention.why_not(config) or half,
+        VARLEN: family or unknown or varlen_attention.why_not(config) or half,
         "sdpa": None if network_class._supports_sdpa else "the family has no such attention in transformers",
         "eager": None,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconForCausalLM, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pretrain.config import ExecutionSection
 from pretrain.errors import ConfigError
@@ -105,6 +105,14 @@ def test_auto_prefers_it_to_masks_only_where_it_can_run(monkeypatch: pytest.Monk
     assert choose_attention("auto", LlamaForCausalLM, config, precision="fp32") == "sdpa"
     with pytest.raises(ConfigError, match="half precision, the run in fp32"):
         choose_attention("varlen", LlamaForCausalLM, config, precision="fp32")
+
+
+@pytest.mark.parametrize("network_class", [FalconForCausalLM, GptOssForCausalLM])
+def test_families_whose_attention_it_is_not_do_not_take_it(
+    network_class: type[PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen_attention, "why_not", lambda config: None)
+    assert choose_attention("auto", network_class, LlamaConfig()) != "varlen"
 
 
 @pytest.mark.parametrize(
