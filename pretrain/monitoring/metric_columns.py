@@ -5,10 +5,12 @@ Knows no metric by its meaning but the loss, whose peaks survive thinning. The f
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from pretrain.reporting.metrics_file import NOT_FINITE
 Column = tuple[NDArray[np.float64], NDArray[np.float64]]  # steps (whole numbers) and values, in the order of the lines
 EXACT_BYTES = 2 << 20  # of the end of a file: read line by line (some 8,000 lines)
 STRETCHES = 500  # into which the lines before are cut
+BYTES_OF_A_READER = 32 << 20  # less is not worth another process
+MOST_READERS = 4
 LINES_OF_A_STRETCH = 20  # kept, besides its lowest and highest loss and every line that is not a training line
 _LOSS = re.compile(rb'"loss":([-+.e\d]+)')
 _RARE = (
@@ -59,14 +63,7 @@ class MetricColumns:
             self._forget()
             self._inode = status.st_ino
         if status.st_size > self._offset:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                text = file.read(status.st_size - self._offset)
-            text = text[: text.rfind(b"\n") + 1]
-            self._offset += len(text)
-            self.line_count += text.count(b"\n")
-            for line in _thinned(text):
-                self._add(line)
+            self._read(status.st_size)
         return self.line_count
 
     def names(self) -> Sequence[str]:
@@ -95,6 +92,23 @@ class MetricColumns:
         self._older.clear()
         self._recent.clear()
 
+    def _read(self, end: int) -> None:
+        exact_from = _line_begin(self._path, end - EXACT_BYTES, self._offset)
+        if exact_from > end:  # the file has grown since
+            exact_from = self._offset
+        with self._path.open("rb") as file:
+            file.seek(exact_from)
+            text = file.read(end - exact_from)
+        for lines, line_count in _thinned(self._path, self._offset, exact_from):
+            self.line_count += line_count
+            for line in lines:
+                self._add(line)
+        text = text[: text.rfind(b"\n") + 1]
+        self._offset = exact_from + len(text)
+        self.line_count += text.count(b"\n")
+        for line in text.splitlines():
+            self._add(line)
+
     def _add(self, line: bytes) -> None:
         try:
             values = orjson.loads(line)
@@ -106,18 +120,48 @@ class MetricColumns:
                 self._recent[name].append((step, float(value)))
 
 
-def _thinned(text: bytes) -> Iterator[bytes]:
-    """The lines of a text, all of its end and some of what comes before."""
-    exact_from = text.rfind(b"\n", 0, max(0, len(text) - EXACT_BYTES)) + 1
-    begin, stretch_bytes = 0, max(1, exact_from // STRETCHES)
-    while begin < exact_from:
-        end = text.index(b"\n", min(begin + stretch_bytes, exact_from) - 1) + 1
-        yield from _some_lines(text[begin:end])
-        begin = end
-    yield from text[exact_from:].splitlines()
+def _line_begin(path: Path, place: int, least: int) -> int:
+    """Where the first line begins at or after a place; `least`, which begins one, where none does."""
+    if place <= least:
+        return least
+    with path.open("rb") as file:
+        file.seek(place - 1)
+        line = file.readline()
+    return place - 1 + len(line) if line.endswith(b"\n") else least
 
 
-def _some_lines(stretch: bytes) -> Iterator[bytes]:
+def _thinned(path: Path, begin: int, end: int) -> Iterator[tuple[Sequence[bytes], int]]:
+    """Some of the lines between two places that begin lines, and how many there are, for each core's part."""
+    parts = max(1, min(MOST_READERS, os.cpu_count() or 1, (end - begin) // BYTES_OF_A_READER))
+    places = [_line_begin(path, begin + (end - begin) * part // parts, begin) for part in range(parts)] + [end]
+    (first_begin, first_end), *spans = pairwise(places)
+    stretch_bytes = max(1, (end - begin) // STRETCHES)
+    if not spans:
+        yield _some_lines(path, begin, end, stretch_bytes)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(len(spans), mp_context=get_context("fork")) as readers:
+        others = [readers.submit(_some_lines, path, *span, stretch_bytes) for span in spans]
+        yield _some_lines(path, first_begin, first_end, stretch_bytes)
+        yield from (other.result() for other in others)
+
+
+def _some_lines(path: Path, begin: int, end: int, stretch_bytes: int) -> tuple[Sequence[bytes], int]:
+    lines: list[bytes] = []
+    line_count = 0
+    with path.open("rb") as file:
+        file.seek(begin)
+        while (place := file.tell()) < end:
+            stretch = file.read(min(stretch_bytes, end - place))
+            stretch += b"" if stretch.endswith(b"\n") else file.readline()
+            line_count += stretch.count(b"\n")
+            lines.extend(_lines_of_a_stretch(stretch))
+    return lines, line_count
+
+
+def _lines_of_a_stretch(stretch: bytes) -> Iterator[bytes]:
     """Lines at even distances, those of the extreme losses, and the rare kinds, found without looking at each line."""
     places = set(range(0, len(stretch), max(1, len(stretch) // LINES_OF_A_STRETCH)))
     for mark in _RARE:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,12 @@ def test_a_file_cut_by_a_resumed_run_is_read_anew(tmp_path: Path) -> None:
     assert columns.column("loss")[0].tolist() == [1, 2, 3, 4]
 
 
-def test_of_a_long_file_peaks_and_rare_lines_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bytes_of_a_reader", [1 << 30, 100_000])
+def test_of_a_long_file_peaks_and_rare_lines_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_of_a_reader: int
+) -> None:
+    monkeypatch.setattr(metric_columns, "BYTES_OF_A_READER", bytes_of_a_reader)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
     monkeypatch.setattr(metric_columns, "EXACT_BYTES", 2_000)
     monkeypatch.setattr(metric_columns, "STRETCHES", 10)
     losses = [5.0 - step / 1000 for step in range(4000)]
@@ -57,3 +63,17 @@ def test_of_a_long_file_peaks_and_rare_lines_are_kept(tmp_path: Path, monkeypatc
     assert {50.0, -7.0, math.inf} <= set(values.tolist())
     assert steps[-5:].tolist() == [3996, 3997, 3998, 3999, 4000]
     assert columns.last("validation/main/loss") == 3.5
+
+
+def test_a_half_written_line_longer_than_the_end_that_is_read_whole_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metric_columns, "EXACT_BYTES", 10)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1,"loss":2.5}\n{"step":2,"loss":2.4,"time')
+    columns = MetricColumns(path)
+    assert columns.refresh() == 1
+    with path.open("ab") as file:
+        file.write(b'":7}\n')
+    assert columns.refresh() == 2
+    assert columns.column("loss")[1].tolist() == [2.5, 2.4]
