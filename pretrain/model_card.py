@@ -120,14 +120,14 @@ def _metrics(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 def _use_lines(name: str, *, is_encoder_decoder: bool) -> list[str]:
     kind = "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
-    text = "Once <extra_id_0> a time" if is_encoder_decoder else "Once upon a time"
+    text = '"Once <extra_id_0> a time" + tokenizer.eos_token' if is_encoder_decoder else '"Once upon a time"'
     return [
         "```python",
         f"from transformers import {kind}, AutoTokenizer",
         "",
         f'folder = "{name}"',
         f"tokenizer, model = AutoTokenizer.from_pretrained(folder), {kind}.from_pretrained(folder)",
-        f'prompt = tokenizer("{text}", return_tensors="pt", add_special_tokens=False)',
+        f'prompt = tokenizer({text}, return_tensors="pt", add_special_tokens=False)',
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=True)[0]))",
         "```",
     ]

@@ -5,11 +5,13 @@ Owns the text around the sentinels; loading is load.py's. Decoders are generate.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pretrain.errors import ConfigError, Problem
 from pretrain.inference.load import LoadedModel, load_source
@@ -33,26 +35,34 @@ def infill(model: LoadedModel, texts: Sequence[str], *, max_new_tokens: int) -> 
     _refuse_bad_requests(model, texts)
     eos = model.tokenizer.eos_token_id
     filled = []
-    for text in texts:  # one at a time: padding would need a mask, and saves little where texts are few
-        ids = [*model.tokenizer.encode(text, add_special_tokens=False), eos]
+    for text in texts:  # one at a time: padding saves little where texts are few
+        ids = model.tokenizer.encode(text, add_special_tokens=False)
+        read = torch.tensor([[*ids, eos]], device=model.network.device)
         written = model.network.generate(
-            input_ids=torch.tensor([ids], device=model.network.device),
+            input_ids=read,
+            attention_mask=torch.ones_like(read),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=eos,
             use_cache=True,
         )
-        filled.append(_fill(model, text, written[0, 1:].tolist()))
+        filled.append(_fill(model.tokenizer, ids, written[0, 1:].tolist()))
     return filled
 
 
-def _fill(model: LoadedModel, text: str, written: list[int]) -> str:
-    """The text with what stands between the sentinels that were written."""
-    eos = model.tokenizer.eos_token_id
-    words = str(model.tokenizer.decode(written[: written.index(eos)] if eos in written else written))
-    names = GAP.findall(words)
-    pieces = dict(zip(names, GAP.split(words)[1:], strict=True))
-    return GAP.sub(lambda found: pieces.get(found[0], ""), text)
+def _fill(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], written: Sequence[int]) -> str:
+    """The text of `ids` with each sentinel's span in its place, joined as tokens: where a space stands, they know."""
+    end = tokenizer.eos_token_id
+    sentinels = {token for token in {*ids, *written} if GAP.fullmatch(str(tokenizer.convert_ids_to_tokens(token)))}
+    spans: dict[int, list[int]] = {token: [] for token in sentinels}
+    span: list[int] = []
+    for token in itertools.takewhile(lambda token: token != end, written):
+        if token in sentinels:
+            span = spans[token]
+        else:
+            span.append(token)
+    joined = [token for place in ids for token in spans.get(place, [place])]
+    return str(tokenizer.decode(joined, clean_up_tokenization_spaces=False))
 
 
 def _refuse_bad_requests(model: LoadedModel, texts: Sequence[str]) -> None:

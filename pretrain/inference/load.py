@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AddedToken,
     AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
@@ -152,7 +153,9 @@ def with_sentinels(tokenizer: PreTrainedTokenizerBase, first: int, count: int) -
         CheckpointError: it has no room for them there.
     """
     names = [f"<extra_id_{number}>" for number in range(count)]
-    tokenizer.add_special_tokens({"extra_special_tokens": names})
+    # a space before a gap belongs to the span's first token: no row of training has a sentinel after a lone space
+    sentinels = [AddedToken(name, lstrip=True, normalized=False, special=True) for name in names]
+    tokenizer.add_special_tokens({"extra_special_tokens": sentinels})
     found = tokenizer.convert_tokens_to_ids(names)
     if found != list(range(first, first + count)):
         raise CheckpointError(

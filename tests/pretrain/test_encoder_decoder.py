@@ -23,7 +23,8 @@ from pretrain.data.loader import evaluation_batches
 from pretrain.data.open_datasets import open_datasets
 from pretrain.errors import ConfigError, DataError
 from pretrain.inference.evaluate import Evaluation, evaluate_datasets
-from pretrain.inference.load import load_source
+from pretrain.inference.infill import _fill
+from pretrain.inference.load import load_source, read_tokenizer, with_sentinels
 from pretrain.models.build import ModelBuilder
 from pretrain.run_plan import load_and_plan
 from tests.distributed.ranks import RankPool
@@ -176,19 +177,40 @@ def test_the_exported_folder_is_the_model_and_fills_gaps(
         assert run_command_line(["infill", str(source), "-t", GAPS, "--max-new-tokens", "12"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
-    assert first.startswith("the ship ")
+    assert first.startswith("the ship")
     assert "extra_id" not in first
-    ids = tokenizer(GAPS, return_tensors="pt", add_special_tokens=False).input_ids
-    ids = torch.cat((ids, torch.tensor([[tokenizer.eos_token_id]])), 1)
+    ids = tokenizer(GAPS + tokenizer.eos_token, return_tensors="pt", add_special_tokens=False).input_ids
+    around = tokenizer.convert_ids_to_tokens(ids[0])
+    assert "Ġ" not in around  # a space goes with the word after it, which here is the span's, as in training
+    assert "".join(around).replace("Ġ", " ") == GAPS.replace(" <", "<") + tokenizer.eos_token
     written = tokenizer.decode(loaded.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, 1:])
     assert first == fill(GAPS, written, tokenizer.eos_token)
 
 
 def fill(text: str, written: str, end: str) -> str:
-    """By the model card's words: what follows a sentinel stands in its place."""
+    """By the model card's words: what follows a sentinel stands in its place, with the space before it."""
     parts = re.split(r"(<extra_id_\d+>)", written.split(end, maxsplit=1)[0])
     pieces = dict(zip(parts[1::2], parts[2::2], strict=True))
-    return re.sub(r"<extra_id_\d+>", lambda found: pieces.get(found[0], ""), text)
+    return re.sub(r"\s*(<extra_id_\d+>)", lambda found: pieces.get(found[1], ""), text)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("<extra_id_0> left<extra_id_1> noon.", "the ship left the harbour at noon."),
+        ("<extra_id_1> noon<extra_id_0>s of<eos> the ships", "the ships of the harbour at noon"),
+        ("lost <extra_id_0> in", "the ship in the harbour at"),
+        ("<extra_id_0> a<extra_id_0> b<extra_id_7> c", "the ship a b the harbour at"),
+    ],
+)
+def test_spans_stand_in_their_gaps_whatever_the_order(tmp_path: Path, written: str, expected: str) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = with_sentinels(read_tokenizer(tmp_path), 300, 8)
+    ids, spans = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in (GAPS, written.replace("<eos>", tokenizer.eos_token))
+    )
+    assert _fill(tokenizer, ids, spans) == expected
 
 
 def test_what_is_made_for_decoders_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -60,6 +61,13 @@ def test_an_address_that_is_taken_or_not_ours_is_refused() -> None:
             open_socket("127.0.0.1", first.getsockname()[1])
     with pytest.raises(ConfigError):
         open_socket("host.invalid", 0)
+
+
+def test_answers_go_out_as_they_are_written() -> None:
+    with open_socket("127.0.0.1", 0) as listening:
+        listening.listen()
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.end_to_end
