@@ -252,7 +252,11 @@ def _shard(model: TrainingModel, accelerator: Any, precision: Precision) -> Any:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         cpu_offload=False,  # accelerate_request.py refuses a launcher that asks for it
-        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32),
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=low,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # weights give the type; sums that come with a batch are added to, not copied
+        ),
     )
     settings = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),

@@ -43,6 +43,7 @@ LAYOUTS = [
     pytest.param(4, Case(engine="pipeline", pipeline=2), id="pipeline data", marks=pytest.mark.slow),
     pytest.param(2, Case(engine="accelerate"), id="ddp", marks=pytest.mark.slow),
     pytest.param(2, Case(engine="accelerate", data_parallel="shard"), id="fsdp", marks=pytest.mark.slow),
+    pytest.param(2, Case(engine="accelerate", data_parallel="shard", precision="bf16"), id="fsdp bf16"),
 ]
 
 
@@ -59,9 +60,11 @@ def test_they_add_up_to_the_step_and_change_nothing(rank_pool: Pool) -> None:
 
 @pytest.mark.parametrize(("ranks", "case"), LAYOUTS)
 def test_layouts_agree(rank_pool: Pool, ranks: int, case: Case) -> None:
-    [(expected, _, _)] = rank_pool(1).run(losses_by_source, replace(Case(engine="plain"), seed=case.seed), True)
+    plain = Case(engine="plain", seed=case.seed, precision=case.precision)
+    [(expected, _, _)] = rank_pool(1).run(losses_by_source, plain, True)
+    relative = 1e-4 if case.precision == "fp32" else 2e-3
     for sums, _, _ in rank_pool(ranks).run(losses_by_source, case, True):
-        torch.testing.assert_close(torch.tensor(sums), torch.tensor(expected), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(sums), torch.tensor(expected), rtol=relative, atol=1e-3)
 
 
 def test_heads_that_are_no_plain_linear_count_as_well(rank_pool: Pool) -> None:

@@ -31,6 +31,7 @@ SECTIONS: dict[str, Any] = {
     "checkpoint": {"every_steps": 4, "keep_last": 9, "keep_best": 0},
     "guard": {"on_non_finite": "rollback"},
 }
+BOTH_WAYS = ["parallel.pipeline_schedule=dualpipev", "batch.micro_batch_size=1", "model.num_hidden_layers=4"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "plain": (1, ["parallel.engine=plain"]),
     "zero 1": (2, []),
@@ -44,7 +45,7 @@ SLOW: dict[str, tuple[int, list[str]]] = {
     "tensor 2": (2, ["parallel.tensor=2"]),
     "zero 3 x tensor 2": (4, ["parallel.tensor=2", "parallel.zero_stage=3"]),
     "sequence 2": (2, ["parallel.sequence=2"]),
-    "both ways": (2, ["parallel.pipeline=2", "parallel.pipeline_schedule=dualpipev", "batch.micro_batch_size=1"]),
+    "both ways": (2, ["parallel.pipeline=2", *BOTH_WAYS]),
     "stages 2, zero 0": (2, ["parallel.pipeline=2", "parallel.zero_stage=0"]),
     "ddp": (2, ["parallel.engine=accelerate"]),
 }
