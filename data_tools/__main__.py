@@ -32,6 +32,7 @@ from data_tools.look_commands import register_looks
 
 if TYPE_CHECKING:
     from data_tools.manifest import Manifest
+    from data_tools.publish import Made
 
 STORAGE_EXIT_CODE = 74
 
@@ -132,40 +133,40 @@ def prepare(
 ) -> None:
     """Encode text into token shards, split into train, validation and test; run again, it goes on where it stopped."""
     _use_threads(workers)
-    from data_tools.preparation_report import show_report
-    from data_tools.prepare import PrepareOptions, parse_fractions
-    from data_tools.prepare import prepare as prepare_dataset
-    from data_tools.progress import EncodingProgress
-    from data_tools.standard_input import with_standard_input
+    from data_tools.worker_host import loading_host
 
-    options = PrepareOptions(
-        text_key=text_key,
-        id_key=id_key,
-        fractions=parse_fractions(split),
-        seed=seed,
-        on_bad_line=on_bad_line,
-        eos_token=eos_token,
-        shuffle_seed=shuffle_seed,
-        metadata_keys=tuple(key for key in metadata.split(",") if key),
-        max_document_bytes=max_document_bytes,
-    )
-    workers = workers or len(os.sched_getaffinity(0))
     began = time.monotonic()
-    with with_standard_input(inputs, sys.stdin.buffer, output, stdin_suffix) as files, EncodingProgress() as progress:
-        prepared = prepare_dataset(
-            files,
-            tokenizer,
-            output,
-            options,
-            workers=workers,
-            backend=backend,
-            hang_seconds=hang_seconds,
-            progress=progress,
+    workers = workers or len(os.sched_getaffinity(0))
+    with loading_host(tokenizer, eos_token, backend, workers) as host:  # it loads while this process imports
+        from data_tools.prepare import PrepareOptions, parse_fractions
+        from data_tools.prepare import prepare as prepare_dataset
+        from data_tools.progress import EncodingProgress
+        from data_tools.standard_input import with_standard_input
+
+        options = PrepareOptions(
+            text_key=text_key,
+            id_key=id_key,
+            fractions=parse_fractions(split),
+            seed=seed,
+            on_bad_line=on_bad_line,
+            eos_token=eos_token,
+            shuffle_seed=shuffle_seed,
+            metadata_keys=tuple(key for key in metadata.split(",") if key),
+            max_document_bytes=max_document_bytes,
         )
-    _say_if_reused(output, prepared.reused)
-    _say_what_was_made(prepared.manifests)
-    if not prepared.reused:
-        show_report(output, time.monotonic() - began)
+        with with_standard_input(inputs, sys.stdin.buffer, output, stdin_suffix) as files, EncodingProgress() as shown:
+            made = prepare_dataset(
+                files,
+                tokenizer,
+                output,
+                options,
+                workers=workers,
+                backend=backend,
+                hang_seconds=hang_seconds,
+                progress=shown,
+                host=host,
+            )
+    _say_what_was_prepared(made, output, time.monotonic() - began)
 
 
 @app.command()
@@ -346,6 +347,15 @@ def _say_what_was_made(manifests: Mapping[str, Manifest]) -> None:
         typer.echo(f"dropped {count:,} records: {reason}")
     if first.unigram_entropy_nats is not None:
         typer.echo(f"unigram entropy of the training split: {first.unigram_entropy_nats:.4f} nats per token")
+
+
+def _say_what_was_prepared(prepared: Made, output: Path, seconds: float) -> None:
+    from data_tools.preparation_report import show_report
+
+    _say_if_reused(output, prepared.reused)
+    _say_what_was_made(prepared.manifests)
+    if not prepared.reused:
+        show_report(output, seconds)
 
 
 def _storage_message(error: OSError) -> str:

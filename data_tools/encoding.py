@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_tools.choices import Backend
+from data_tools.encoded_documents import EncodedDocuments, Ids, join_documents
 from data_tools.errors import UsageError
 from data_tools.safe_characters import unsafe_characters
+from data_tools.shard_writer import token_dtype
 from data_tools.tokenizer import DocumentTokenizer
 
 CHECKED_DOCUMENTS = 64  # the first ones of every task,
-CHECKED_CHARACTERS = 1 << 15  # as long as they have no more than this together
-Ids = NDArray[np.integer]  # (tokens,) of any dtype
-
-REFRESHED_CHARACTERS = 64 << 20  # after so many the fast library is loaded anew: bounds its memory
+CHECKED_BYTES = 1 << 14  # as long as they have no more than this together
+REFRESHED_BYTES = 64 << 20  # of text; after so many the fast library is loaded anew: bounds its memory
 _ASCII = bytes(range(128))  # of which every character is safe
 logger = logging.getLogger(__name__)
 
@@ -40,8 +39,8 @@ class Encoder(Protocol):
     def start_task(self) -> None:
         """Begin a task: its first documents are checked."""
 
-    def encode(self, texts: Sequence[str]) -> Sequence[Ids]:
-        """Return the ids of each text, without EOS."""
+    def encode(self, texts: Sequence[bytes]) -> EncodedDocuments:
+        """Encode texts of valid UTF-8."""
 
 
 class ReferenceEncoder:
@@ -52,13 +51,15 @@ class ReferenceEncoder:
 
     def __init__(self, tokenizer: DocumentTokenizer) -> None:
         self.tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocabulary_size)
 
     def start_task(self) -> None:
         """There is nothing to check."""
 
-    def encode(self, texts: Sequence[str]) -> Sequence[Ids]:
-        """Return the ids of each text."""
-        return [ids[:-1] for ids in self.tokenizer.encode_documents(texts)]
+    def encode(self, texts: Sequence[bytes]) -> EncodedDocuments:
+        """Encode each text."""
+        documents = self.tokenizer.encode_documents([text.decode() for text in texts])
+        return join_documents([ids[:-1] for ids in documents], self.tokenizer.eos_id, self._dtype)
 
 
 class CheckedFastEncoder:
@@ -80,71 +81,83 @@ class CheckedFastEncoder:
         self._is_marked = np.zeros(max(tokenizer.vocabulary_size, self._fast.vocab_size), bool)
         self._is_marked[tokenizer.marked_ids] = True
         self._marked_range = min(tokenizer.marked_ids), max(tokenizer.marked_ids)
+        self._dtype = token_dtype(tokenizer.vocabulary_size)
         self._documents_to_check = 0
-        self._characters_to_check = 0
+        self._bytes_to_check = 0
         self.checked = 0
 
     def start_task(self) -> None:
         """Check the first documents from here on."""
         self._documents_to_check = CHECKED_DOCUMENTS
-        self._characters_to_check = CHECKED_CHARACTERS
+        self._bytes_to_check = CHECKED_BYTES
         self.checked = 0
 
     def _load_fast(self, tokenizer: DocumentTokenizer) -> None:
         """Begin with an empty cache of words: the library's own grows with every new one."""
         from gigatoken import Tokenizer
 
-        self._fast = Tokenizer.from_json(tokenizer.tokenizer_json())
-        self._characters = 0
+        self._fast = Tokenizer.from_json(tokenizer.tokenizer_json()).backend  # without a layer of Python
+        self._encoded_bytes = 0
 
-    def encode(self, texts: Sequence[str]) -> Sequence[Ids]:
-        """Return the ids of each text.
+    def encode(self, texts: Sequence[bytes]) -> EncodedDocuments:
+        """Encode each text.
 
         Raises:
             EncodersDifferError: a text has other ids in the reference.
         """
-        if self._characters >= REFRESHED_CHARACTERS:
+        if self._encoded_bytes >= REFRESHED_BYTES:
             self._load_fast(self._reference)
         documents = self._encode_fast(texts)
-        self._characters += sum(map(len, texts))
+        self._encoded_bytes += sum(map(len, texts))
+        joined = self._joined(documents)
         # the fast library reads special tokens in texts, the reference by our choice does not: it decides on these
-        replaced = self._with_marked(documents)
-        doubtful = {number for number, text in enumerate(texts) if not text.isascii() and self._is_unsafe(text)}
-        doubtful |= self._first_ones(texts)
-        again = sorted(doubtful | replaced)
+        replaced = self._with_marked(joined)
+        again = sorted(self._unsafe(texts) | self._first_ones(texts) | replaced)
+        if not again:
+            return joined
         self.checked += len(again)
-        right = dict(zip(again, self._reference.encode_documents([texts[number] for number in again]), strict=True))
-        for number in again:
-            ids = right[number][:-1]
+        right = self._reference.encode_documents([texts[number].decode() for number in again])
+        for number, ids in zip(again, right, strict=True):
             if number in replaced:
-                documents[number] = ids
+                documents[number] = ids[:-1]
             else:
-                _require_equal(ids, documents[number], texts[number])
-        return documents
+                _require_equal(ids[:-1], documents[number], texts[number])
+        return self._joined(documents) if replaced else joined
 
-    def _is_unsafe(self, text: str) -> bool:
-        others = text.encode("utf-8").translate(None, _ASCII)  # most texts have few: to search all costs twice as much
-        return self._unsafe_pattern.search(others.decode("utf-8")) is not None
+    def _joined(self, documents: Sequence[Ids]) -> EncodedDocuments:
+        return join_documents(documents, self._reference.eos_id, self._dtype)
 
-    def _with_marked(self, documents: Sequence[Ids]) -> set[int]:
-        """Return which documents hold a special token."""
-        ids = np.concatenate(documents)
-        low, high = self._marked_range
-        if not len(ids) or ids.max() < low or ids.min() > high:  # as nearly always: they lie at one end
+    def _unsafe(self, texts: Sequence[bytes]) -> set[int]:
+        """Return which texts have characters that the two might treat differently."""
+        others = {  # of the characters: most texts have few beyond ASCII, and to search all would cost twice as much
+            number: text.translate(None, _ASCII) for number, text in enumerate(texts) if not text.isascii()
+        }
+        if not self._has_unsafe(b"".join(others.values())):  # as nearly always
             return set()
-        near = np.flatnonzero((ids >= low) & (ids <= high))  # special tokens have neighbouring ids: few are looked up
-        places = near[self._is_marked[ids[near]]]
-        ends = np.cumsum([len(one) for one in documents])
-        return set(np.searchsorted(ends, places, side="right").tolist())
+        return {number for number, characters in others.items() if self._has_unsafe(characters)}
 
-    def _encode_fast(self, texts: Sequence[str]) -> list[Ids]:
+    def _has_unsafe(self, characters: bytes) -> bool:
+        return self._unsafe_pattern.search(characters.decode()) is not None
+
+    def _with_marked(self, joined: EncodedDocuments) -> set[int]:
+        """Return which documents hold a special token, beside the EOS at their end."""
+        low, high = self._marked_range  # special tokens have neighbouring ids: few others lie between them
+        is_near = (joined.tokens >= low) & (joined.tokens <= high)
+        if np.count_nonzero(is_near) == len(joined.lengths):  # as nearly always: the ends alone
+            return set()
+        near = np.flatnonzero(is_near)
+        places = near[self._is_marked[joined.tokens[near]]]
+        ends = np.cumsum(joined.lengths)
+        return set(np.searchsorted(ends, np.setdiff1d(places, ends - 1), side="right").tolist())
+
+    def _encode_fast(self, texts: Sequence[bytes]) -> list[Ids]:
         if not self._parallel:  # one by one it is as fast, and needs neither awkward's start-up nor its memory
             return [self._fast.encode(text) for text in texts]
         layout: Any = self._fast.encode_batch(list(texts), parallel=True).layout
         offsets = np.asarray(layout.offsets.data)
         return np.split(np.asarray(layout.content.data)[: offsets[-1]], offsets[:-1])[1:]
 
-    def _first_ones(self, texts: Sequence[str]) -> set[int]:
+    def _first_ones(self, texts: Sequence[bytes]) -> set[int]:
         """Return which texts are still among the first ones of the task; of one too long its beginning is compared.
 
         Raises:
@@ -152,26 +165,26 @@ class CheckedFastEncoder:
         """
         numbers = set()
         for number, text in enumerate(texts):
-            if self._documents_to_check <= 0 or self._characters_to_check <= 0:
+            if self._documents_to_check <= 0 or self._bytes_to_check <= 0:
                 break
-            if len(text) <= self._characters_to_check:
+            if len(text) <= self._bytes_to_check:
                 numbers.add(number)
             else:
-                self._check_beginning(text[: self._characters_to_check])
+                self._check_beginning(text[: self._bytes_to_check].decode(errors="ignore"))
             self._documents_to_check -= 1
-            self._characters_to_check -= len(text)
+            self._bytes_to_check -= len(text)
         return numbers
 
     def _check_beginning(self, text: str) -> None:
-        [found], [right] = self._encode_fast([text]), self._reference.encode_documents([text])
-        if not self._with_marked([found]):
-            _require_equal(right[:-1], found, text)
+        found, [right] = self._encode_fast([text.encode()]), self._reference.encode_documents([text])
+        if not self._with_marked(self._joined(found)):
+            _require_equal(right[:-1], found[0], text.encode())
         self.checked += 1
 
 
-def _require_equal(right: Ids, found: Ids, text: str) -> None:
+def _require_equal(right: Ids, found: Ids, text: bytes) -> None:
     if not np.array_equal(right, found):
-        raise EncodersDifferError(f"gigatoken and tokenizers differ on the text {text[:200]!r}")
+        raise EncodersDifferError(f"gigatoken and tokenizers differ on the text {text.decode()[:200]!r}")
 
 
 def build_encoder(tokenizer: DocumentTokenizer, backend: Backend, *, threads: int = 1) -> Encoder:

@@ -41,8 +41,8 @@ from data_tools.streamed_assembly import assemble_while_encoding
 from data_tools.task_encoding import SPLITS, EncodingOptions, TaskResult, split_numbers, task_file
 from data_tools.task_shares import adopt_shares, remove_shares
 from data_tools.tokenizer import load_tokenizer
-from data_tools.worker_host import WorkerHost
-from data_tools.worker_pool import HANG_SECONDS, EncodingPool, Finished, start_host
+from data_tools.worker_host import WorkerHost, loading_host
+from data_tools.worker_pool import HANG_SECONDS, EncodingPool, Finished
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,12 @@ def prepare(
     range_bytes: int = RANGE_BYTES,
     hang_seconds: float = HANG_SECONDS,
     progress: Progress | None = None,
+    host: WorkerHost | None = None,
 ) -> Made:
     """Make a dataset folder with a subfolder per split and the tokenizer; it appears when it is complete.
 
     The splits depend on inputs, tokenizer and options alone; a run that was stopped is continued by the same call.
+    A `host` that has begun to load the tokenizer saves the time that it had; it ends with this call.
 
     Raises:
         InputError: there is no usable text, a bad record under the policy fail, or an unusable tokenizer.
@@ -124,9 +126,8 @@ def prepare(
     """
     files = find_inputs(inputs)
     with ExitStack() as stack:
-        host = None
-        if workers > 1:  # it loads while this process does and the inputs are hashed
-            host = stack.enter_context(closing(start_host(tokenizer, options.eos_token, backend, workers)))
+        if host is None:  # it loads while this process does and the inputs are hashed
+            host = stack.enter_context(loading_host(tokenizer, options.eos_token, backend, workers))
         loaded = load_tokenizer(tokenizer, options.eos_token)
         request, job = preparation_job(files, loaded.identity, options, backend, range_bytes)
         if is_finished(output, request):

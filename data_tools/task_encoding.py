@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from data_tools.corpus import Corpus
 from data_tools.document_blocks import DocumentBlock
 from data_tools.document_tokenizer import DocumentTokenizer
 from data_tools.documents import Keys
-from data_tools.encoding import Encoder, EncodersDifferError, Ids, ReferenceEncoder, build_encoder
+from data_tools.encoding import Encoder, EncodersDifferError, ReferenceEncoder, build_encoder
 from data_tools.errors import ShardError
 from data_tools.manifest import sync_folder
 from data_tools.ranges import Task
@@ -31,7 +32,7 @@ from data_tools.shard_writer import MAX_DOCUMENT_TOKENS
 from data_tools.tokenizer import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
-BATCH_CHARACTERS = 1 << 20  # encoded at a time: bounds the memory
+BATCH_BYTES = 1 << 20  # of text; encoded at a time: bounds the memory
 WORKER_TOKENS = 12_000_000  # after the task that makes it so many, a process that encodes is replaced by a new one
 HISTOGRAM_BINS = 32  # bin n holds lengths below 2 ** n that no earlier bin holds
 DOCUMENT = np.dtype(
@@ -140,17 +141,17 @@ class TaskEncoder:
             counts = np.zeros(self._tokenizer.vocabulary_size, np.int64)
             for batch in _batches(corpus.blocks()):
                 encoded = encoder.encode(batch.texts)
-                records = _records(batch, encoded, options, result)
+                records = _records(batch, encoded.lengths, options, result)
                 files.write("documents", records)
                 files.write("ids", _id_hashes(batch.identifiers))
                 for number in np.unique(records["split"]).tolist():
-                    chosen = np.flatnonzero(records["split"] == number)
-                    tokens = _joined(encoded, chosen, self._tokenizer.eos_id, options.dtype)
+                    is_here = records["split"] == number
+                    tokens = encoded.of(is_here)
                     files.write(SPLITS[number], tokens)
                     if number == 0:
                         counts += np.bincount(tokens, minlength=len(counts))
                     if options.keys.metadata:
-                        lines = b"".join(batch.metadata[place] for place in chosen.tolist())
+                        lines = b"".join(compress(batch.metadata, is_here))
                         files.write(metadata_kind(number), np.frombuffer(lines, np.uint8))
                 on_progress(corpus.disk_bytes - disk_bytes, int(records["length"].sum()))
                 disk_bytes = corpus.disk_bytes
@@ -215,7 +216,7 @@ def _put_on_disk(file: BinaryIO) -> None:
 class _Batch:
     """Documents of one or more pieces, column by column."""
 
-    texts: list[str] = field(default_factory=list)
+    texts: list[bytes] = field(default_factory=list)  # UTF-8
     identifiers: list[str | None] = field(default_factory=list)
     metadata: list[bytes] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # a block, as are the two below
@@ -225,7 +226,7 @@ class _Batch:
     stops: list[int] = field(default_factory=list)
 
     def append(self, block: DocumentBlock) -> None:
-        self.texts += block.texts
+        self.texts += [text.encode() for text in block.texts]
         self.identifiers += block.identifiers
         self.metadata += block.metadata
         self.starts += block.starts
@@ -237,20 +238,19 @@ class _Batch:
 
 def _batches(blocks: Iterator[DocumentBlock]) -> Iterator[_Batch]:
     batch = _Batch()
-    characters = 0
     for block in blocks:
         batch.append(block)
-        characters += sum(map(len, block.texts))
-        if characters >= BATCH_CHARACTERS:
+        if sum(map(len, batch.texts)) >= BATCH_BYTES:
             yield batch
-            batch, characters = _Batch(), 0
+            batch = _Batch()
     if batch.texts:
         yield batch
 
 
-def _records(batch: _Batch, encoded: Sequence[Ids], options: EncodingOptions, result: TaskResult) -> NDArray[np.void]:
+def _records(
+    batch: _Batch, lengths: NDArray[np.int64], options: EncodingOptions, result: TaskResult
+) -> NDArray[np.void]:
     """Return the record of every document, and add them to the result."""
-    lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
     if lengths.max() > MAX_DOCUMENT_TOKENS:
         worst = int(lengths.argmax())
         file = np.repeat(np.array(batch.files, object), batch.sizes)[worst]
@@ -259,14 +259,13 @@ def _records(batch: _Batch, encoded: Sequence[Ids], options: EncodingOptions, re
             f"1 to {MAX_DOCUMENT_TOKENS} tokens",
             "cut it in pieces",
         )
-    texts = [text.encode("utf-8") for text in batch.texts]
     records = np.empty(len(lengths), DOCUMENT)
     records["length"] = lengths
-    records["split"] = split_numbers(texts, options.fractions, options.seed)
+    records["split"] = split_numbers(batch.texts, options.fractions, options.seed)
     records["piece"] = np.repeat(batch.pieces, batch.sizes)
     records["start"] = batch.starts
     records["stop"] = batch.stops
-    text_bytes = np.array([len(text) for text in texts], np.int64)
+    text_bytes = np.array([len(text) for text in batch.texts], np.int64)
     for number in np.unique(records["split"]).tolist():
         is_here = records["split"] == number
         result.documents[number] += int(is_here.sum())
@@ -275,14 +274,6 @@ def _records(batch: _Batch, encoded: Sequence[Ids], options: EncodingOptions, re
         bins = np.bincount(np.frexp(lengths[is_here])[1], minlength=HISTOGRAM_BINS)
         result.lengths[number] = (np.array(result.lengths[number]) + bins).tolist()
     return records
-
-
-def _joined(encoded: Sequence[Ids], chosen: NDArray[np.int64], eos_id: int, dtype: str) -> NDArray[np.integer]:
-    """Return the ids of the chosen documents, one after another, each ending in EOS."""
-    pieces = [np.array([eos_id], dtype)] * (2 * len(chosen))
-    pieces[::2] = [encoded[number] for number in chosen.tolist()]
-    joined: NDArray[np.integer] = np.concatenate(pieces, dtype=dtype, casting="unsafe")  # ids fit: see token_dtype
-    return joined
 
 
 def _id_hashes(names: Sequence[str | None]) -> NDArray[np.uint64]:

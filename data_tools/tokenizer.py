@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,14 @@ class HuggingFaceTokenizer(DocumentTokenizer):
         self.marked_ids = sorted({self.eos_id, *(vocabulary[token] for token in marked)})
         self._is_special = np.zeros(self.vocabulary_size, bool)
         self._is_special[[vocabulary[token] for token in self._special]] = True
-        self._can_be_cut = can_be_cut(content, lambda text: self._ids_of([text])[0].tolist())
+
+    @cached_property
+    def _can_be_cut(self) -> bool:
+        return can_be_cut(self.tokenizer_json(), lambda text: self._ids_of([text])[0].tolist())
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return the ids of each text, (tokens + 1,) int32, ending in EOS."""
-        is_long = [self._can_be_cut and len(text) > PIECE_CHARACTERS for text in texts]
+        is_long = [len(text) > PIECE_CHARACTERS and self._can_be_cut for text in texts]
         short = iter(self._ids_of([text for text, long in zip(texts, is_long, strict=True) if not long]))
         documents = []
         for text, long in zip(texts, is_long, strict=True):

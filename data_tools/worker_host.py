@@ -10,16 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
 
 import psutil
 
 from data_tools.choices import Backend
-from data_tools.task_encoding import EncodingOptions
+
+if TYPE_CHECKING:
+    from data_tools.task_encoding import EncodingOptions  # not at run time: a command starts a host before it imports
 
 _REAP_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
@@ -163,6 +167,21 @@ class WorkerHost:
         except (EOFError, ConnectionError):
             return heard
         return heard
+
+
+def start_host(tokenizer: Path, eos_token: str | None, backend: Backend, workers: int) -> WorkerHost:
+    """Begin to load what workers need."""
+    return WorkerHost(ToLoad(tokenizer=tokenizer, eos_token=eos_token, backend=backend), workers)
+
+
+@contextmanager
+def loading_host(tokenizer: Path, eos_token: str | None, backend: Backend, workers: int) -> Iterator[WorkerHost | None]:
+    """Begin to load what workers need, and end the host with the block; nothing where no process but this is wanted."""
+    if workers == 1:
+        yield None
+        return
+    with closing(start_host(tokenizer, eos_token, backend, workers)) as host:
+        yield host
 
 
 def _process(number: int) -> psutil.Process | None:

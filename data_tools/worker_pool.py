@@ -12,15 +12,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import psutil
 
-from data_tools.choices import Backend
 from data_tools.errors import WorkerError
 from data_tools.ranges import Task
 from data_tools.task_encoding import EncodingOptions, TaskEncoder, TaskResult
-from data_tools.worker_host import Failure, ToLoad, WorkerHost
+from data_tools.worker_host import Failure, WorkerHost, start_host
 
 HANG_SECONDS = 300.0  # longer than storage is slow without being broken
 BUSY_SECONDS = 3600.0  # many times what the longest document takes
@@ -99,11 +97,6 @@ class EncodingPool:
                     worker.look_after(elapsed, self.hang_seconds, self.busy_seconds)
             if ready:
                 return ready
-
-
-def start_host(tokenizer: Path, eos_token: str | None, backend: Backend, workers: int) -> WorkerHost:
-    """Begin to load what workers need."""
-    return WorkerHost(ToLoad(tokenizer=tokenizer, eos_token=eos_token, backend=backend), workers)
 
 
 class _Worker:

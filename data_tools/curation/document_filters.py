@@ -104,13 +104,24 @@ def known_languages() -> list[str]:
 
 
 class WholeC4Filter(C4QualityFilter):
-    """C4's filter, which may remove every line of a document, and leave it empty when no sentences are asked for."""
+    """C4's filter, which may remove every line of a document, and leave it empty when no sentences are asked for.
+
+    Attributes:
+        changed: documents that stay with fewer lines or without citations.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.changed = 0
+        self.replaced: Counter[str] = Counter()  # nothing is put in the place of what is removed
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         """Return whether a document stays, or why it goes."""
+        before = doc.text
         verdict = super().filter(doc)
         if verdict is True and not doc.text:
             return False, "no line is left"
+        self.changed += verdict is True and doc.text != before
         return verdict  # type: ignore[no-any-return]
 
 

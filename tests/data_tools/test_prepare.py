@@ -65,7 +65,7 @@ def test_many_batches_and_shards_give_the_same_documents(
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", TEXT)
     prepare([source], tokenizer_folder, tmp_path / "one", PrepareOptions())
-    monkeypatch.setattr("data_tools.task_encoding.BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("data_tools.task_encoding.BATCH_BYTES", 100)
     prepare([source], tokenizer_folder, tmp_path / "many", PrepareOptions(shard_tokens=50))
     one, many = open_dataset(tmp_path / "one" / "train"), open_dataset(tmp_path / "many" / "train")
     assert len(many.manifest.shards) > 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datatrove.data import Document
 
-from data_tools.curation.accounting import DropLog
+from data_tools.curation.accounting import CountingBlock, DropLog
 from data_tools.curation.document_filters import build_filter
 from data_tools.curation.recipe import (
     C4Quality,
@@ -72,9 +72,11 @@ def test_what_filters_drop(step: Language | QualityFilter, text: str, expected: 
 def test_c4_removes_lines_within_documents() -> None:
     removed = "To see this page, please switch on Javascript.\nWe use cookies on this page, you know.\nshort line"
     text = f"{story(1)}\n{removed}"
-    document = Document(text=text, id="1", metadata={})
-    assert list(build_filter(C4Quality(), DropLog("", 0), RegexWordTokenizer()).run(iter([document])))
-    assert document.text == story(1)
+    documents = [Document(text=text, id="1", metadata={}) for text in (text, story(1), f"{removed}\nDropped. All.")]
+    block = build_filter(C4Quality(), DropLog("", 0), RegexWordTokenizer())
+    assert isinstance(block, CountingBlock)
+    assert [document.text for document in block.run(iter(documents))] == [story(1), story(1)]
+    assert block.changed == 1
 
 
 def test_an_unknown_language_and_a_tokenizer_that_is_absent_are_refused() -> None:
