@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 from launch.job import Job
+from launch.launcher import Launcher
 from launch.outcome import judge
 from launch.rank import RESTART
 from launch.rank_status import forget
@@ -22,8 +23,11 @@ from pretrain.errors import LaunchError, Problem
 BACK_OFF_SECONDS = 1.0  # before the first restart; then doubled
 
 
-def execute(job: Job, rendering: Rendering) -> int:
+def execute(job: Job, rendering: Rendering, *, ahead: Launcher | None = None) -> int:
     """Run the job, or hand it in; returns its exit code.
+
+    Args:
+        ahead: the back end's launcher, where it was started before its words were known.
 
     Raises:
         LaunchError: where the back end's own program is not installed.
@@ -45,7 +49,7 @@ def execute(job: Job, rendering: Rendering) -> int:
         write(file)
     if rendering.launcher is None or rendering.status is None:
         return _hand_in(rendering)
-    return _supervise(job, rendering)
+    return _supervise(job, rendering, ahead)
 
 
 def write(file: RenderedFile) -> None:
@@ -68,7 +72,7 @@ def _hand_in(rendering: Rendering) -> int:
     return 0
 
 
-def _supervise(job: Job, rendering: Rendering) -> int:
+def _supervise(job: Job, rendering: Rendering, ahead: Launcher | None) -> int:
     status = rendering.status
     assert rendering.launcher is not None
     assert status is not None
@@ -84,7 +88,7 @@ def _supervise(job: Job, rendering: Rendering) -> int:
             launcher=rendering.launcher or "agent",
             time_limit_seconds=None if job.time_limit_seconds is None else job.time_limit_seconds - job.grace_seconds,
         )
-        code = last.run(_commands(rendering, restart))
+        code = last.run(_commands(rendering, restart), ahead=ahead)
         outcome = judge(status, code, asked_by=last.asked_by)
         if outcome.paragraph:
             print(f"\n{outcome.paragraph}", file=sys.stderr, flush=True)

@@ -18,10 +18,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launch.causes import last_error
 from launch.processes import ancestor_called, die_with_parent, identity
 from launch.rank_status import STOP, RankStatus, failure_mark
-from launch.secrets_file import read_secrets
 from launch.silence import SECONDS_FOR_STACKS, Silence
 from pretrain.doctor.secrets import secret_values, without_secrets
 from pretrain.errors import ExitCode
@@ -46,7 +44,7 @@ def main() -> int:
     parser.add_argument("--ends-with", default="")
     parser.add_argument("words", nargs="+")
     options = parser.parse_args()
-    environment = {**os.environ, **(read_secrets(options.secrets) if options.secrets else {})}
+    environment = {**os.environ, **_secrets(options.secrets)}
     environment["PYTHONUNBUFFERED"] = "1"
     with Silence(options.silence) as silence:
         guardian = Guardian(options.status, options.grace, environment | silence.variables, silence)
@@ -231,12 +229,26 @@ class Guardian:
         else:
             status.code = returncode if returncode >= 0 else 128 - returncode
             status.signal = signal.Signals(-returncode).name if returncode < 0 else None
-        status.error = last_error(self._kept.decode("utf-8", "replace")) if status.code else ""
+        status.error = _last_error(self._kept) if status.code else ""
         with contextlib.suppress(OSError):
             status.write(self._folder)
             if status.code not in ORDERED_ENDS:
                 failure_mark(self._folder, status.attempt).touch()
         return status.code
+
+
+def _secrets(file: Path | None) -> dict[str, str]:
+    if file is None:
+        return {}
+    from launch.secrets_file import read_secrets  # what is not needed would keep each start waiting
+
+    return read_secrets(file)
+
+
+def _last_error(written: bytes) -> str:
+    from launch.causes import last_error
+
+    return last_error(written.decode("utf-8", "replace"))
 
 
 def _changed_at(path: Path) -> int | None:

@@ -10,12 +10,12 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from launch.launcher import Launcher
 from launch.processes import adopt_orphans, descendants, die_with_parent, identity, kill_descendants
 from launch.rank import FAILURE_GRACE_SECONDS, LAUNCHER, ORDERED_ENDS
 from launch.rank_status import STOP, read_statuses
@@ -54,8 +54,12 @@ class Supervision:
         self._kill_at: float | None = None
         self.asked_by: str | None = None  # a signal or the time limit: then nobody wants another start
 
-    def run(self, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> int:
-        """Run commands, each with its whole environment, until all have ended; returns the first code that is not 0."""
+    def run(self, commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], *, ahead: Launcher | None = None) -> int:
+        """Run commands, each with its whole environment, until all have ended; returns the first code that is not 0.
+
+        Args:
+            ahead: a launcher that may have been started before its words were known.
+        """
         adopt_orphans()
         found = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         reading, writing = os.pipe()
@@ -63,7 +67,7 @@ class Supervision:
         found_descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         try:
             for words, environment in commands:
-                self._start(words, environment)
+                self._start(words, {**environment, LAUNCHER: identity(os.getpid()) or ""}, ahead)
             while self._running:
                 select.select([reading], [], [], 0.1)
                 self._reap()
@@ -78,15 +82,19 @@ class Supervision:
             os.close(writing)
         return next((code for code in self._codes if code), 0)
 
-    def _start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        kept = list(words) if self._launcher == "agent" else [sys.executable, "-m", "launch.keeper", *words]
-        process = subprocess.Popen(
-            kept,
-            env={**environment, LAUNCHER: identity(os.getpid()) or ""},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C is for us; ranks get one wish, from us
-            preexec_fn=lambda: die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - one thread
-        )
+    def _start(self, words: Sequence[str], environment: Mapping[str, str], ahead: Launcher | None) -> None:
+        if self._launcher != "agent":
+            if ahead is None or not ahead.fits(words, environment):
+                ahead = Launcher(words[0], words[2], environment)
+            process = ahead.run(words, environment)
+        else:
+            process = subprocess.Popen(
+                words,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C is for us; ranks get one wish, from us
+                preexec_fn=lambda: die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - one thread
+            )
         self._running[process.pid] = process
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

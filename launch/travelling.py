@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pretrain.doctor.secrets import is_secret
@@ -43,15 +43,19 @@ def here(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def travelling(section: EnvironmentSection, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that go to every rank of the job, in the order of their names."""
-    patterns = (*EVERYWHERE, *section.allow)
-    allowed = {
+    return dict(sorted((of_any_job(environment, section.allow) | section.set).items()))
+
+
+def of_any_job(environment: Mapping[str, str] = os.environ, allowed: Sequence[str] = ()) -> dict[str, str]:
+    """The variables that ranks get whatever the job, and those that it allows besides."""
+    patterns = (*EVERYWHERE, *allowed)
+    return {
         name: value
         for name, value in environment.items()
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         # a pattern is no reason to send a secret: those are named one by one
-        and (name in section.allow or not is_secret(name, value))
+        and (name in allowed or not is_secret(name, value))
     }
-    return dict(sorted((allowed | section.set).items()))
 
 
 def left_behind(section: EnvironmentSection, environment: Mapping[str, str] = os.environ) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.backends.place import Place, agreed_port, free_port, main_address, own_node_rank, rank_words, ranks_of_node
 from launch.job import Job
+from launch.launcher import MODULES
 from launch.rendering import Command, RenderedFile, Rendering, yaml_for_others
 from pretrain.config import RunConfig, load_config
 
@@ -33,7 +34,7 @@ def render_accelerate(job: Job, place: Place) -> Rendering:
         "use_cpu": False,
     }
     file = RenderedFile(path=place.status(job) / f"accelerate-node-{rank}.yaml", text=yaml_for_others(values))
-    start = (place.python(job), "-m", "accelerate.commands.launch", "--config_file", str(file.path))
+    start = (place.python(job), "-m", MODULES["accelerate"], "--config_file", str(file.path))
     environment = {**place.environment, **place.travelling}
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = f"{job.grace_seconds:.0f}"
     if job.accelerator == "cpu":

@@ -1,16 +1,18 @@
 """The back ends by name.
 
-Adding one is a function here and a file beside.
+Adding one is a function here and a file beside. Knowing their names loads none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from launch.backends.place import Place
-from launch.job import Job
-from launch.rendering import Rendering
+if TYPE_CHECKING:
+    from launch.backends.place import Place
+    from launch.job import Job
+    from launch.rendering import Rendering
 
 _FUNCTIONS: Mapping[str, str] = {
     "local": "local.render_local",

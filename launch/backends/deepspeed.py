@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from launch.backends.place import Place, agreed_port, free_port, main_address, own_node_rank, rank_words, ranks_of_node
 from launch.job import Job
+from launch.launcher import MODULES
 from launch.rendering import Command, RenderedFile, Rendering
 from launch.travelling import PLAIN_VALUE, problems_of_sending
 from pretrain.errors import ConfigError, Problem
@@ -95,7 +96,7 @@ def _over_ssh(job: Job, place: Place) -> Rendering:
 
 
 def _deepspeed(job: Job, place: Place) -> tuple[str, ...]:
-    return (place.python(job), "-m", "deepspeed.launcher.runner")
+    return (place.python(job), "-m", MODULES["deepspeed"])
 
 
 def _ranks(job: Job, place: Place, *options: str) -> tuple[str, ...]:

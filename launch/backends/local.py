@@ -16,6 +16,7 @@ from launch.backends.place import (
     ranks_of_node,
 )
 from launch.job import Job
+from launch.launcher import MODULES
 from launch.rendering import Command, Rendering
 from pretrain.errors import ConfigError, Problem
 
@@ -77,5 +78,5 @@ def render_torchrun(job: Job, place: Place) -> Rendering:
 
 def _torchrun(job: Job, place: Place) -> tuple[str, ...]:
     timeout = f"{job.grace_seconds:.0f}"
-    start = (place.python(job), "-m", "torch.distributed.run", "--nproc-per-node", str(job.gpus_per_node))
+    start = (place.python(job), "-m", MODULES["torchrun"], "--nproc-per-node", str(job.gpus_per_node))
     return (*start, "--shutdown-timeout", timeout, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def run(
     is_expected = code == expected if expected is not None else code != 0
     assert is_expected, f"exit code {code} of {' '.join(map(str, command))}\n{written[-SHOWN_CHARACTERS:]}"
     return written
+
+
+def wait_for(condition: Callable[[], object], deadline_seconds: float = 120) -> None:
+    """Look again and again until something is so."""
+    end = time.monotonic() + deadline_seconds
+    while not condition():
+        assert time.monotonic() < end, "the deadline passed"
+        time.sleep(0.02)
 
 
 def free_port() -> str:

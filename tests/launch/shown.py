@@ -2,7 +2,8 @@
 
     python -m tests.launch.shown [--output tests/launch/SHOWN.md]
 
-Takes minutes. The table says of each back end whether a real one ran, what was tried, and the seconds on this machine.
+Takes minutes; a back end that does not end in time is killed, and the table says so. The table says of each back end
+whether a real one ran, what was tried, and the seconds on this machine.
 Then each guard against leaked secrets is taken out of a copy of the project, and real jobs must betray it.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from launch.processes import adopt_orphans, kill_descendants
 from tests.distributed.ranks import REPOSITORY
 
 CANARY, NODES, RENDERING, SUPERVISION = (
@@ -69,32 +71,47 @@ REDACTIONS = (
 NOISE = re.compile(r"torchao|torch/utils/_pytree|real_accelerator|IPv6 network addresses|^step +\d*[1-9]/|^\s*$")
 COPIED = ("launch", "pretrain", "data_tools", "tests", "ds_configs", "pyproject.toml", "constraints.txt")
 LONGEST_LINE = 200
+LONGEST_SECONDS = 900  # of one back end; on a quiet machine Slurm's takes a third of it
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "tests/launch/SHOWN.md")
     output = parser.parse_args().output
+    adopt_orphans()  # so that what a killed back end leaves can be found
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        report = folder / "report.xml"
-        tests = [*(test for *_, test in CASES), MISSPELT]
-        code, _ = _pytest(REPOSITORY, [*tests, f"--junitxml={report}", f"--basetemp={folder}/t"])
-        found = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314 - pytest wrote it just now
+        found: list[ElementTree.Element] = []
+        failed = False
+        for backend in dict.fromkeys(backend for backend, *_ in CASES):
+            tests = [test for own, *_, test in CASES if own == backend] + [MISSPELT] * (backend == "local")
+            report = folder / f"{backend}.xml"
+            code, _ = _pytest(REPOSITORY, [*tests, f"--junitxml={report}", f"--basetemp={folder}/{backend}"])
+            failed |= code != 0
+            if report.exists():
+                found += ElementTree.parse(report).iter("testcase")  # noqa: S314 - pytest wrote it just now
         text = "\n".join([*_table(found), *_words(found, folder), *_without_redactions(folder)])
     output.write_text(text + "\n", encoding="utf-8")
     print(f"written: {output}")
-    return code
+    return int(failed)
 
 
 def _pytest(folder: Path, words: Sequence[str]) -> tuple[int, str]:
-    """In a checkout, whose packages come first; returns the exit code and what it wrote."""
+    """In a checkout, whose packages come first; returns the exit code and what it wrote. Leaves no process behind."""
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", *words]
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    print(done.stdout[-3000:], flush=True)
-    return done.returncode, done.stdout
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            written, _ = process.communicate(timeout=LONGEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"not done after {LONGEST_SECONDS} s: killed", flush=True)
+        finally:
+            kill_descendants(os.getpid())
+        if process.returncode is None:
+            written, _ = process.communicate()
+    print(written[-3000:], flush=True)
+    return process.returncode, written
 
 
 def _table(found: Sequence[ElementTree.Element]) -> Iterator[str]:
@@ -104,7 +121,7 @@ def _table(found: Sequence[ElementTree.Element]) -> Iterator[str]:
     yield from ("| back end | real or validated | what | result | s |", "|---|---|---|---|---:|")
     for backend, way, what, test in CASES:
         own = [case for case in found if _name(case) == test or _name(case).startswith(f"{test}[")]
-        results = sorted({_result(case) for case in own}) or ["not run"]
+        results = sorted({_result(case) for case in own}) or [f"no result in {LONGEST_SECONDS} s"]
         seconds = sum(float(case.get("time", 0)) for case in own)
         yield f"| {backend} | {way} | {what} | {', '.join(results)} | {seconds:.1f} |"
 
@@ -141,7 +158,7 @@ def _without_redactions(folder: Path) -> Iterator[str]:
         assert text.count(words) == 1, f"{file} has changed: {words}"
         (copy / file).write_text(text.replace(words, instead), encoding="utf-8")
         code, written = _pytest(copy, [test, "--tb=line", "-rf", "--show-capture=no"])
-        assert code == 1, f"nobody sees that {what} is gone"
+        assert code == 1, f"exit code {code}: nobody sees that {what} is gone"
         yield _block(f"Without {what} (`{file}`)", written[written.index("\n=") + 1 :].replace(str(copy), ""), folder)
 
 

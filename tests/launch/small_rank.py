@@ -1,9 +1,9 @@
 """A rank for tests of what is around ranks: does what its words say, in the time that an interpreter takes.
 
-Words: `sleep`, `fail-if=RANK:CODE`, `fail-once=PATH` (at the first start), `raise-if=RANK:TEXT`, `say=VARIABLE`,
-`ready=PATH` and `child=PATH` (a process that would outlive it), which write PATH-RANK, `stubborn` (ignores SIGTERM),
-`saves` (ends with 75 after SIGTERM), `signs` (gives signs of life, and stacks where asked, as training does),
-`freeze-once=PATH` (stands still for ever at the first start).
+Words: `sleep`, `read` (its input), `fail-if=RANK:CODE`, `fail-once=PATH` (at the first start), `raise-if=RANK:TEXT`,
+`say=VARIABLE`, `ready=PATH` and `child=PATH` (a process that would outlive it), which write PATH-RANK, `stubborn`
+(ignores SIGTERM), `saves` (ends with 75 after SIGTERM), `signs` (gives signs of life, and stacks where asked, as
+training does), `freeze-once=PATH` (stands still for ever at the first start).
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> None:
         who, _, what = value.partition(":")
         if name == "say":
             print(f"{value} is {os.environ.get(value)}", flush=True)
+        elif name == "read":
+            print(f"read {sys.stdin.read()!r}", flush=True)
         elif name == "child":
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             Path(f"{value}-{rank}").write_text(str(child.pid), encoding="utf-8")

@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,13 +63,6 @@ def run(folder: Path, program: str, *options: str, expected: int) -> str:
     )
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def is_alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
@@ -104,7 +95,7 @@ def test_a_signal_reaches_the_rank_which_saves(tmp_path: Path) -> None:
     changes = {"PYTHONPATH": str(jobs.REPOSITORY)}
     process = jobs.start(supervised(tmp_path, LAUNCHER), log=tmp_path / "log", folder=tmp_path, changes=changes)
     try:
-        wait_for((tmp_path / "ready").exists)
+        jobs.wait_for((tmp_path / "ready").exists)
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == ExitCode.PREEMPTED
     finally:
@@ -119,10 +110,10 @@ def test_a_rank_whose_launcher_was_killed_is_ended_and_started_again(tmp_path: P
     program = "import os\nopen('launcher.pid', 'a').write(f'{os.getpid()}\\n')\n" + LAUNCHER
     process = jobs.start(supervised(tmp_path, program), log=tmp_path / "log", folder=tmp_path, changes=changes)
     try:
-        wait_for((tmp_path / "ready").exists)
+        jobs.wait_for((tmp_path / "ready").exists)
         first = int((tmp_path / "rank.pid").read_text())
         os.kill(int((tmp_path / "launcher.pid").read_text().split()[0]), signal.SIGKILL)
-        wait_for(lambda: (tmp_path / "ready").read_text() == "xx")
+        jobs.wait_for(lambda: (tmp_path / "ready").read_text() == "xx")
         assert not is_alive(first)
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == ExitCode.PREEMPTED

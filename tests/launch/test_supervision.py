@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -42,13 +41,6 @@ def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     yield start
     for process in processes:
         jobs.end(process)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, "the deadline passed"
-        time.sleep(0.02)
 
 
 def ranks_ready(folder: Path, count: int = 2) -> Callable[[], bool]:
@@ -99,7 +91,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(
     tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     process = started(agent(tmp_path, f"child={tmp_path}/child", f"ready={tmp_path}/ready", "sleep"))
-    wait_for(ranks_ready(tmp_path))
+    jobs.wait_for(ranks_ready(tmp_path))
     pids = pids_of(tmp_path)
     os.kill(by_rank(tmp_path)[1].pid, signal.SIGKILL)
     assert process.wait(DEADLINE_SECONDS) == 128 + signal.SIGKILL
@@ -115,7 +107,7 @@ def test_a_wish_to_stop_reaches_all_ranks_at_once(
     wish: signal.Signals, tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     process = started(agent(tmp_path, "saves", f"ready={tmp_path}/ready", "sleep"))
-    wait_for(ranks_ready(tmp_path))
+    jobs.wait_for(ranks_ready(tmp_path))
     process.send_signal(wish)
     assert process.wait(DEADLINE_SECONDS) == 75
     assert "state saved" in (tmp_path / "log").read_text(encoding="utf-8")
@@ -127,7 +119,7 @@ def test_what_does_not_stop_is_killed_after_the_grace(
     tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     process = started(agent(tmp_path, "stubborn", f"ready={tmp_path}/ready", "sleep", grace=0.5))
-    wait_for(ranks_ready(tmp_path))
+    jobs.wait_for(ranks_ready(tmp_path))
     pids = pids_of(tmp_path)
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE_SECONDS) == 128 + signal.SIGKILL
@@ -140,13 +132,13 @@ def test_nothing_outlives_a_launcher_that_is_killed(
 ) -> None:
     words = [f"child={tmp_path}/child", "stubborn", f"ready={tmp_path}/ready", "sleep"]
     process = started(agent(tmp_path, *words))
-    wait_for(ranks_ready(tmp_path))
+    jobs.wait_for(ranks_ready(tmp_path))
     pids = pids_of(tmp_path)
     assert len(pids) == 6
     assert not none_lives(pids)
     os.kill(process.pid if victim == "launcher" else by_rank(tmp_path)[0].guardian_pid, signal.SIGKILL)
     process.wait(DEADLINE_SECONDS)
-    wait_for(lambda: none_lives(pids))
+    jobs.wait_for(lambda: none_lives(pids))
 
 
 @pytest.mark.parametrize("backend", [*HERE[:3], pytest.param("deepspeed", marks=pytest.mark.slow)])
@@ -155,12 +147,12 @@ def test_nothing_outlives_a_killed_launcher_whatever_it_starts(
 ) -> None:
     words = [f"child={tmp_path}/child", "stubborn", f"ready={tmp_path}/ready", "sleep"]
     process = started(small_job(tmp_path, *words, backend=backend))
-    wait_for(ranks_ready(tmp_path))
+    jobs.wait_for(ranks_ready(tmp_path))
     pids = pids_of(tmp_path) | set(descendants(process.pid))
     assert len(pids) >= 6
     process.kill()
     process.wait(DEADLINE_SECONDS)
-    wait_for(lambda: none_lives(pids))
+    jobs.wait_for(lambda: none_lives(pids))
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -168,7 +160,7 @@ def test_ctrl_c_during_the_start_ends_it_in_order(
     backend: str, tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     process = started(small_job(tmp_path, f"child={tmp_path}/child", "sleep", backend=backend))
-    wait_for(lambda: descendants(process.pid))
+    jobs.wait_for(lambda: descendants(process.pid))
     process.send_signal(signal.SIGINT)
     assert process.wait(DEADLINE_SECONDS) == 75
     assert "before training had begun" in (tmp_path / "log").read_text(encoding="utf-8")
@@ -179,7 +171,7 @@ def test_the_stop_file_reaches_ranks_that_no_signal_reaches(
     tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     process = started(agent(tmp_path, "saves", f"ready={tmp_path}/ready", "sleep"))
-    wait_for(ranks_ready(tmp_path))
+    jobs.wait_for(ranks_ready(tmp_path))
     (tmp_path / "status/stop").touch()
     assert process.wait(DEADLINE_SECONDS) == 75
 
@@ -229,7 +221,7 @@ def test_a_signal_between_two_starts_ends_the_job(
     tmp_path: Path, started: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     process = started(small_job(tmp_path, "fail-if=0:7", restarts=9))
-    wait_for(lambda: "starting again in 2 s" in (tmp_path / "log").read_text(encoding="utf-8"))
+    jobs.wait_for(lambda: "starting again in 2 s" in (tmp_path / "log").read_text(encoding="utf-8"))
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE_SECONDS) == 75
 
@@ -283,11 +275,11 @@ def test_a_rank_that_starts_under_a_dead_launcher_does_not_stay(tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-c", middle], env=jobs.environment(), pass_fds=[writing])
     os.close(writing)
     try:
-        wait_for(ranks_ready(tmp_path, 1))
+        jobs.wait_for(ranks_ready(tmp_path, 1))
         (status,) = read_statuses(tmp_path)
         process.kill()
         process.wait(DEADLINE_SECONDS)
-        wait_for(lambda: none_lives({status.pid, status.guardian_pid}))
+        jobs.wait_for(lambda: none_lives({status.pid, status.guardian_pid}))
     finally:
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
