@@ -24,8 +24,9 @@ make_environment() {
         return
     fi
     say "Installing into .venv (a few minutes and about 2 GB the first time)"
-    # The filter drops pip's remark on configured index folders that this machine does not have.
-    .venv/bin/pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e '.[fast,tiktoken,curate,serve,eval,quantize,dev]' \
+    # The images' own steps, so that every fresh checkout tries them. The filter drops pip's remark on configured index
+    # folders that this machine does not have.
+    bash docker/install.sh --environment .venv --extras fast,tiktoken,curate,serve,eval,quantize,dev \
         2> >(grep -v 'is ignored: it is ' >&2) || return
     rm -rf .cache/torch_extensions # built against the torch of before
     printf '%s\n' "$stamp" >"$stamp_file"
