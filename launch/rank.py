@@ -49,7 +49,10 @@ def main() -> int:
     with Silence(options.silence) as silence:
         guardian = Guardian(options.status, options.grace, environment | silence.variables, silence)
         guardian.watch_process(os.environ.get(LAUNCHER, ""))
-        if options.ends_with and (pid := ancestor_called(options.ends_with)):
+        if options.ends_with:
+            if (pid := ancestor_called(options.ends_with)) is None:  # it ended first, and nobody would end this rank
+                print(f"error: {options.ends_with}, which started this rank, has ended", file=sys.stderr)
+                return 128 + signal.SIGHUP
             guardian.watch_process(identity(pid) or "")
         return guardian.run([sys.executable, "-m", *options.words])
 

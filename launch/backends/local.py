@@ -56,7 +56,9 @@ def render_torchrun(job: Job, place: Place) -> Rendering:
     # alone, a node needs nobody's agreement, and must not meet another job of the same name on this machine
     port = agreed_port(job) if job.nodes > 1 else job.port or free_port()
     hosts = job.named_hosts()
-    local = ("--local-addr", hosts[rank].name) if hosts else ()
+    # alone, a node is named by no one: torchrun would ask the network for its name
+    own_address = hosts[rank].name if hosts else "127.0.0.1" if job.nodes == 1 else None
+    local = ("--local-addr", own_address) if own_address else ()
     words = (
         *_torchrun(job, place),
         *("--nnodes", str(job.nodes), "--node-rank", str(rank), "--rdzv-backend", "c10d"),

@@ -20,6 +20,7 @@ GOOD_SHARE_OF_PEAK = 0.6  # of a dense bf16 product this large; below it clocks,
 ATTENTION_TOLERANCE = 2e-2  # bf16
 OPTIMIZER_TOLERANCE = 1e-5  # of fp32 weights near 1, after OPTIMIZER_STEPS
 OPTIMIZER_STEPS = 5
+MOST_LINKS = 18  # of one GPU, H100
 
 
 def check_devices() -> Iterator[Finding]:
@@ -37,8 +38,7 @@ def check_devices() -> Iterator[Finding]:
         return
     pynvml.nvmlInit()
     yield from _driver(pynvml)
-    for number in range(pynvml.nvmlDeviceGetCount()):
-        yield from _health(pynvml, number)
+    yield from _health(pynvml, pynvml.nvmlDeviceGetCount())
 
 
 def _driver(nvml: Any) -> Iterator[Finding]:
@@ -53,34 +53,57 @@ def _driver(nvml: Any) -> Iterator[Finding]:
     yield Finding(name="driver", level="green" if fits else "red", text=text, fix=fix)
 
 
-def _health(nvml: Any, number: int) -> Iterator[Finding]:
-    handle = nvml.nvmlDeviceGetHandleByIndex(number)
+def _health(nvml: Any, count: int) -> Iterator[Finding]:
+    """What is wrong with each GPU, and what of all is right: no one must take silence for health."""
+    faults, links, untold = [], 0, 0
+    for number in range(count):
+        handle = nvml.nvmlDeviceGetHandleByIndex(number)
+        errors = _uncorrected_errors(nvml, handle)
+        untold += errors is None
+        if errors:
+            fix = "drain this node and reset or replace the GPU"
+            text = f"GPU {number}: {errors} uncorrected errors"
+            faults.append(Finding(name="ECC", level="red", text=text, fix=fix))
+        now = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        most = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
+        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+        if reasons & (nvml.nvmlClocksThrottleReasonHwSlowdown | nvml.nvmlClocksThrottleReasonSwThermalSlowdown):
+            fix = "look at cooling and power: nvidia-smi -q -d PERFORMANCE"
+            text = f"GPU {number}: held at {now} of {most} MHz"
+            faults.append(Finding(name="clocks", level="red", text=text, fix=fix))
+        up = _links_up(nvml, handle)
+        links += sum(up)
+        if not all(up):
+            fix = "nvidia-smi nvlink --status; drain the node if links stay down"
+            text = f"GPU {number}: {len(up) - sum(up)} of {len(up)} links are down"
+            faults.append(Finding(name="NVLink", level="red", text=text, fix=fix))
+    yield from faults
+    wrong = {finding.name for finding in faults}
+    right = {"clocks": "no clock held down", "ECC": "no uncorrected errors of memory", "NVLink": f"{links} NVLinks up"}
+    if untold:
+        right["ECC"] = f"errors of memory told by {count - untold} of {count}, none uncorrected"
+    if told := [text for name, text in right.items() if name not in wrong]:
+        yield Finding(name="health of GPUs", level="green", text=", ".join(told))
+
+
+def _uncorrected_errors(nvml: Any, handle: Any) -> int | None:
+    """Since the last reset; None where the GPU does not count them (ECC is off, or not there)."""
     try:
-        errors = nvml.nvmlDeviceGetTotalEccErrors(
-            handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-        )
+        kind, since = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        return int(nvml.nvmlDeviceGetTotalEccErrors(handle, kind, since))
     except nvml.NVMLError:
-        errors = 0
-    if errors:
-        fix = "drain this node and reset or replace the GPU"
-        yield Finding(name="ECC", level="red", text=f"GPU {number}: {errors} uncorrected errors", fix=fix)
-    now = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-    most = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
-    reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-    slowed = reasons & (nvml.nvmlClocksThrottleReasonHwSlowdown | nvml.nvmlClocksThrottleReasonSwThermalSlowdown)
-    if slowed:
-        fix = "look at cooling and power: nvidia-smi -q -d PERFORMANCE"
-        yield Finding(name="clocks", level="red", text=f"GPU {number}: held at {now} of {most} MHz", fix=fix)
-    links, down = 0, 0
-    for link in range(18):
+        return None
+
+
+def _links_up(nvml: Any, handle: Any) -> list[bool]:
+    """Of each NVLink that the GPU has."""
+    up = []
+    for link in range(MOST_LINKS):
         try:
-            links, down = links + 1, down + (nvml.nvmlDeviceGetNvLinkState(handle, link) == 0)
+            up.append(nvml.nvmlDeviceGetNvLinkState(handle, link) != 0)
         except nvml.NVMLError:
-            links -= 1
-            break
-    if down:
-        fix = "nvidia-smi nvlink --status; drain the node if links stay down"
-        yield Finding(name="NVLink", level="red", text=f"GPU {number}: {down} of {links} links are down", fix=fix)
+            break  # there are no more
+    return up
 
 
 def check_attention() -> Iterator[Finding]:

@@ -52,6 +52,7 @@ def check_pairs(place: Place) -> Iterator[Finding]:
         yield Finding(name="network", level="skipped", text=text)
         return
     speeds = _pair_speeds(place)
+    together = _all_reduce_speed(place)
     gathered = distributed.gather_json([name_of(place), speeds])
     if not place.is_main_process:
         return
@@ -68,10 +69,13 @@ def check_pairs(place: Place) -> Iterator[Finding]:
         fix = "look at that cable, port or interface (NCCL_SOCKET_IFNAME, NCCL_IB_HCA); leave the node out meanwhile"
         yield Finding(name="network", level="red" if is_gpu else "yellow", text=text, fix=fix)
     every = place.world_size * (place.world_size - 1) // 2
+    slowest, fastest = min(pairs.values()) / 2**30, max(pairs.values()) / 2**30
     text = (
-        f"{len(pairs)} of {every} pairs: {min(pairs.values()) / 2**30:.2f} to {max(pairs.values()) / 2**30:.2f} GiB/s"
+        f"{len(pairs)} of {every} pairs: {slowest:.2f} to {fastest:.2f} GiB/s; "
+        f"all-reduce over {place.world_size} ranks: {together / 2**30:.2f} GiB/s"
     )
-    yield Finding(name="network", level="green", text=text, values={"bytes_per_second": pairs})
+    values = {"bytes_per_second": pairs, "all_reduce_bytes_per_second": together}
+    yield Finding(name="network", level="green", text=text, values=values)
 
 
 def check_clocks(place: Place) -> Iterator[Finding]:
@@ -117,6 +121,19 @@ def _pair_speeds(place: Place) -> dict[int, float]:
         if distributed.any_rank(time.monotonic() - began > PAIRS_SECONDS):
             break
     return speeds
+
+
+def _all_reduce_speed(place: Place) -> float:
+    """Bytes a second that each rank sends in an all-reduce of all: what gradients get."""
+    tensor = torch.zeros(PAIR_BYTES[place.device.type] // 4, device=place.device)
+    seconds = 0.0
+    for _ in range(2):  # the first one makes connections
+        started = time.monotonic()
+        dist.all_reduce(tensor)
+        if tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)
+        seconds = time.monotonic() - started
+    return 2 * (place.world_size - 1) / place.world_size * tensor.numel() * 4 / seconds
 
 
 def turned(circle: list[int]) -> list[int]:

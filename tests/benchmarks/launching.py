@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launch.backends.build import BACKENDS
@@ -29,6 +30,7 @@ NODES = 64
 HERE = ("local", "torchrun", "deepspeed", "accelerate")  # what starts ranks on this machine
 STEPS_BEFORE_THE_SIGNAL = 20
 ROW_TOKENS = 64
+ADDRESSES = ("127.0.0.2", "127.0.0.3")  # of two nodes on this machine
 
 
 def main() -> None:
@@ -76,14 +78,14 @@ class Start:
 
 def starts(folder: Path, times: int) -> None:
     """Until the ranks' processes have begun, and until the first line of metrics; interleaved, medians."""
-    found: dict[str, list[Start]] = {"bare torchrun": [], "local": [], "torchrun": []}
+    found: dict[str, list[Start]] = {name: [] for name in STARTS}
     for _ in range(times):
         for name, measured in found.items():
             measured.append(_start(name, folder / "data"))
-    bare = found["bare torchrun"]
     print("\n| start | ranks begun, s | beyond bare torchrun | first step, s | beyond bare torchrun |")
     print("|---|---:|---:|---:|---:|")
     for name, measured in found.items():
+        bare = found[STARTS[name][1]]
         cells = []
         for part in ("ranks", "first_step"):
             own, reference = ([getattr(start, part) for start in starts] for starts in (measured, bare))
@@ -92,22 +94,49 @@ def starts(folder: Path, times: int) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
+def _bare(nodes: int, config: Path, port: str) -> list[list[str | Path]]:
+    """What people type without us, the same meeting as ours."""
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{port}", "--rdzv-id=x"]
+    return [
+        [
+            *("torchrun", f"--nnodes={nodes}", f"--node-rank={node}", f"--nproc-per-node={2 // nodes}", *meeting),
+            *(f"--local-addr={ADDRESSES[node]}", "-m", "pretrain", "train", config),
+        ]
+        for node in range(nodes)
+    ]
+
+
+def _ours(nodes: int, config: Path, port: str) -> list[list[str | Path]]:
+    where = [f"nodes={nodes}", f"gpus_per_node={2 // nodes}", f"port={port}", f"hosts=[{', '.join(ADDRESSES[:nodes])}]"]
+    return [[*_job("torchrun", config), *where, "--node-rank", str(node)] for node in range(nodes)]
+
+
+# what is started: its commands, and what it is compared with
+STARTS: dict[str, tuple[Callable[[Path, str], list[list[str | Path]]], str]] = {
+    "bare torchrun": (partial(_bare, 1), "bare torchrun"),
+    "local": (lambda config, port: [_job("local", config)], "bare torchrun"),
+    "torchrun": (partial(_ours, 1), "bare torchrun"),
+    "bare torchrun, 2 nodes of 1": (partial(_bare, 2), "bare torchrun, 2 nodes of 1"),
+    "torchrun, 2 nodes of 1": (partial(_ours, 2), "bare torchrun, 2 nodes of 1"),
+}
+
+
 def _start(name: str, dataset: Path) -> Start:
     with tempfile.TemporaryDirectory() as folder:
         config = jobs.write_tiny_run(Path(folder) / "run.yaml", data=dataset)
-        port = f"--master-port={jobs.free_port()}"
-        bare = ["torchrun", "--nproc-per-node=2", "--master-addr=127.0.0.1", port, "-m", "pretrain", "train", config]
+        commands = STARTS[name][0](config, jobs.free_port())
         began = time.clock_gettime(time.CLOCK_BOOTTIME)
-        process = jobs.start(bare if name == "bare torchrun" else _job(name, config), log=Path(folder) / "log")
+        nodes = [jobs.start(command, log=Path(folder) / f"log-{node}") for node, command in enumerate(commands)]
         try:
-            while len(ranks := [pid for pid in descendants(process.pid) if _is_rank(pid)]) < 2:
-                assert process.poll() is None, (Path(folder) / "log").read_text(encoding="utf-8")[-3000:]
+            while len(ranks := [pid for node in nodes for pid in descendants(node.pid) if _is_rank(pid)]) < 2:
+                _assert_running(nodes, Path(folder))
                 time.sleep(0.05)
             begun = max(_began(pid) for pid in ranks)
-            _wait_for_steps(Path(folder) / "run", process, 1)
+            _wait_for_steps(Path(folder) / "run", nodes, 1)
             return Start(ranks=begun - began, first_step=time.clock_gettime(time.CLOCK_BOOTTIME) - began)
         finally:
-            jobs.end(process)
+            for node in nodes:
+                jobs.end(node)
 
 
 def _is_rank(pid: int) -> bool:
@@ -141,9 +170,9 @@ def _stop(backend: str, dataset: Path) -> tuple[float, float, str]:
         folder = Path(name)
         sections = {"schedule": {"name": "constant", "total_steps": 10**6}, "checkpoint": {"every_steps": 10**6}}
         config = jobs.write_tiny_run(folder / "run.yaml", data=dataset, **sections)
-        process = jobs.start(_job(backend, config), log=folder / "log")
+        process = jobs.start(_job(backend, config), log=folder / "log-0")
         try:
-            _wait_for_steps(folder / "run", process, STEPS_BEFORE_THE_SIGNAL)
+            _wait_for_steps(folder / "run", [process], STEPS_BEFORE_THE_SIGNAL)
             pids = [pid for status in read_statuses(folder / "launch") for pid in (status.pid, status.guardian_pid)]
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
@@ -153,7 +182,7 @@ def _stop(backend: str, dataset: Path) -> tuple[float, float, str]:
             seconds = time.monotonic() - began
         finally:
             jobs.end(process)
-        assert code == 75, (folder / "log").read_text(encoding="utf-8")[-3000:]
+        assert code == 75, (folder / "log-0").read_text(encoding="utf-8")[-3000:]
         lines = jobs.read_metrics(folder / "run")
         times = [line["time"] for line in lines if "loss" in line]
         step = statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
@@ -171,11 +200,17 @@ def _job(backend: str, config: Path) -> list[str | Path]:
     return [sys.executable, "-m", "launch", *values, "--on", backend]
 
 
-def _wait_for_steps(run_folder: Path, process: subprocess.Popen[bytes], count: int) -> None:
-    metrics, log = run_folder / "metrics.jsonl", run_folder.parent / "log"
+def _wait_for_steps(run_folder: Path, nodes: list[subprocess.Popen[bytes]], count: int) -> None:
+    metrics = run_folder / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b'"loss"') < count:
-        assert process.poll() is None or metrics.exists(), log.read_text(encoding="utf-8")[-3000:]
+        if not metrics.exists():
+            _assert_running(nodes, run_folder.parent)
         time.sleep(0.01)
+
+
+def _assert_running(nodes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    for number, node in enumerate(nodes):
+        assert node.poll() is None, (folder / f"log-{number}").read_text(encoding="utf-8")[-3000:]
 
 
 if __name__ == "__main__":

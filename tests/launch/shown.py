@@ -99,7 +99,7 @@ def main() -> int:
 def _pytest(folder: Path, words: Sequence[str]) -> tuple[int, str]:
     """In a checkout, whose packages come first; returns the exit code and what it wrote. Leaves no process behind."""
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", *words]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-o", "junit_family=xunit1", *words]
     environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -284,3 +284,11 @@ def test_a_rank_that_starts_under_a_dead_launcher_does_not_stay(tmp_path: Path) 
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
             process.kill()
+
+
+def test_a_rank_whose_session_has_ended_is_not_started(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    command = [sys.executable, "-m", "launch.rank", "--status", tmp_path / "status", "--ends-with", "no-session"]
+    written = jobs.run([*command, "--", SMALL, f"ready={started}"], log=tmp_path / "log", expected=129)
+    assert "no-session, which started this rank, has ended" in written
+    assert not Path(f"{started}-0").exists()

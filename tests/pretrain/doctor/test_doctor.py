@@ -119,6 +119,55 @@ def test_a_fused_optimizer_that_is_wrong_is_red(monkeypatch: pytest.MonkeyPatch)
     assert levels(list(accelerators.check_fused_optimizer()))["fused AdamW"] == "red"
 
 
+class Nvml:
+    """What the driver's library says of two GPUs with three links each; the machine of these tests has none."""
+
+    NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = NVML_CLOCK_SM = 1
+    nvmlClocksThrottleReasonHwSlowdown, nvmlClocksThrottleReasonSwThermalSlowdown = 8, 32
+    NVMLError = LookupError
+
+    def __init__(self, *, errors: int | None = 0, reasons: int = 0, down: int | None = None) -> None:
+        self.errors, self.reasons, self.down = errors, reasons, down
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:
+        return number
+
+    def nvmlDeviceGetTotalEccErrors(self, handle: int, kind: int, since: int) -> int:
+        if self.errors is None:
+            raise LookupError("not supported")
+        return self.errors if handle == 1 else 0
+
+    def nvmlDeviceGetClockInfo(self, handle: int, kind: int) -> int:
+        return 1200
+
+    nvmlDeviceGetMaxClockInfo = nvmlDeviceGetClockInfo
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
+        return self.reasons
+
+    def nvmlDeviceGetNvLinkState(self, handle: int, link: int) -> int:
+        if link == 3:
+            raise LookupError("no such link")
+        return int(link != self.down)
+
+
+@pytest.mark.parametrize(
+    ("library", "reds", "green"),
+    [
+        (Nvml(), {}, "no clock held down, no uncorrected errors of memory, 6 NVLinks up"),
+        (Nvml(errors=2), {"ECC": "GPU 1: 2 uncorrected errors"}, "no clock held down, 6 NVLinks up"),
+        (Nvml(errors=None, down=1), {"NVLink": "GPU 1: 1 of 3 links are down"}, "errors of memory told by 0 of 2"),
+        (Nvml(reasons=8 | 64), {"clocks": "GPU 1: held at 1200 of 1200 MHz"}, "6 NVLinks up"),
+    ],
+    ids=["healthy", "memory", "link", "clock"],
+)
+def test_the_health_of_gpus_is_told_good_or_bad(library: Nvml, reds: dict[str, str], green: str) -> None:
+    found = list(accelerators._health(library, 2))
+    assert {finding.name: finding.text for finding in found if finding.level == "red"} == reds
+    assert green in found[-1].text
+    assert found[-1].level == "green"
+
+
 # what the issue of the doctor names, and what one process on a machine without GPUs says of it
 NAMED = {
     *("versions", "GPUs", "sdpa", "flash-attn", "fused AdamW", "compiler cache", "shared memory", "open files"),
@@ -183,6 +232,7 @@ def test_two_ranks_measure_each_other_and_give_one_report(tmp_path: Path) -> Non
     assert (report["level"], report["ranks"]) == ("red", 2)
     by_name = {finding["name"]: finding for finding in report["findings"] if finding["level"] != "red"}
     assert list(by_name["network"]["values"]["bytes_per_second"]) != []
+    assert by_name["network"]["values"]["all_reduce_bytes_per_second"] > 0
     assert len(by_name["matrix product"]["values"]["flops"]) == 2
     assert by_name["GPUs"]["level"] == "skipped"
     assert [finding["name"] for finding in report["findings"] if finding["level"] == "red"] == ["compiler cache"]
