@@ -80,6 +80,10 @@ def size(number: float) -> str:
     return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
@@ -88,8 +92,8 @@ def _head(numbers: Mapping[str, Any]) -> Iterator[str]:
     documents, kept = numbers["documents_in"], numbers["documents_out"]
     yield f"<h1>Curation: {escape(numbers['name'])}</h1>"
     yield (
-        f'<p class="faint">{len(numbers["inputs"]):,} input files, {len(numbers["steps"]) - 1} steps, '
-        f"{len(numbers['files']):,} output files</p>"
+        f'<p class="faint">{_counted(len(numbers["inputs"]), "input file")}, '
+        f"{_counted(len(numbers['steps']) - 1, 'step')}, {_counted(len(numbers['files']), 'output file')}</p>"
     )
     cards = [
         (f"{documents:,}", "documents in"),

@@ -77,7 +77,9 @@ def test_texts_of_documents_cannot_write_the_page() -> None:
         "lengths": {"before": [0, 1], "after": [0, 0]},
     }
     for name in ("language", "placeholders"):
-        assert "<script" not in render(numbers, [StepTotal(name=name, counts=counts)])
+        page = render(numbers, [StepTotal(name=name, counts=counts)])
+        assert "<script" not in page
+        assert "1 input file, 0 steps, 0 output files" in page
 
 
 def test_numbers_that_do_not_reconcile_are_refused(tmp_path: Path) -> None:
