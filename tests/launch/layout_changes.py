@@ -1,6 +1,6 @@
 """One run that changes its layout at every stop, beside the run of one process that never stops; and their plot.
 
-    python -m tests.launch.layout_changes DATASET FOLDER [--plot FILE.png]
+    python -m tests.launch.layout_changes DATASET FOLDER [--plot FILE.png]   (a dataset of at most 512 different tokens)
 
 Owns the sequence of layouts and what is compared; starting ranks is torchrun's.
 """
@@ -11,7 +11,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch.jobs import SCRIPTS, free_port, read_metrics, run, write_tiny_run
+from tests.launch.jobs import SCRIPTS, read_metrics, run, write_tiny_run
 
 STEPS_OF_EACH = 20
 
@@ -51,8 +51,8 @@ def train_with_changes(dataset: Path, folder: Path) -> tuple[list[float], list[f
 
 
 def _train(path: Path, leg: Leg, stop_at_step: int) -> None:
-    torchrun = [SCRIPTS / "torchrun", "--nproc-per-node", str(leg.ranks), "--master-addr", "127.0.0.1"]
-    words = [*torchrun, "--master-port", free_port(), "-m", "pretrain", "train", str(path), *leg.overrides]
+    torchrun = [SCRIPTS / "torchrun", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(leg.ranks)]
+    words = [*torchrun, "-m", "pretrain", "train", str(path), *leg.overrides]
     run([*words, f"schedule.stop_at_step={stop_at_step}"], log=path.with_suffix(".log"), deadline_seconds=900)
 
 
