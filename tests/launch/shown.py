@@ -55,7 +55,7 @@ REDACTIONS = (
     (
         "the rule that a pattern of names sends no secret",
         "launch/travelling.py",
-        "and (name in section.allow or not is_secret(name, value))",
+        "and (name in allowed or not is_secret(name, value))",
         "",
         f"{CANARY}only_what_was_asked_for_reaches_the_ranks",
     ),
