@@ -361,14 +361,14 @@ def main() -> None:
 
 def run_command_line(arguments: list[str]) -> int:
     """Run one command and return its exit code; errors of the user are printed once, on stderr."""
-    from pretrain.errors import Preempted, PretrainError
+    from pretrain.errors import Preempted, PretrainError, tell
 
     for chatty in ("torchao", "torch.utils._pytree"):  # on kernels that are not for this machine, at every import
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         code = app(args=_without_launcher_argument(arguments), prog_name="pretrain", standalone_mode=False)
     except PretrainError as error:
-        _report(error)
+        tell(error, rank=os.environ.get("RANK", "0"), local_rank=os.environ.get("LOCAL_RANK", "0"))
         return error.exit_code
     except Preempted as stop:
         print(f"stopped in order, state saved: {stop}", file=sys.stderr)
@@ -384,16 +384,6 @@ def run_command_line(arguments: list[str]) -> int:
 def _without_launcher_argument(arguments: list[str]) -> list[str]:
     """DeepSpeed's launcher puts --local_rank=N before all others; the environment says the same."""
     return arguments[1:] if arguments and re.fullmatch(r"--local_rank=\d+", arguments[0]) else arguments
-
-
-def _report(error: Exception) -> None:
-    """Every rank of a node finds the same fault in the configuration; the first one says it."""
-    from pretrain.errors import ConfigError
-
-    if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    rank = os.environ.get("RANK", "0")
-    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

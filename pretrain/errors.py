@@ -5,9 +5,13 @@ Nothing here decides when to raise: every error says what was found, what is all
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+
+SECONDS_FOR_THE_FIRST_RANK = 10.0  # to tell of a fault that all ranks of a node find
 
 
 class ExitCode(IntEnum):
@@ -116,3 +120,13 @@ class Preempted(Exception):  # noqa: N818 - an ordered end, not an error
     """The run was told to stop, saved its state, and wants to be started again."""
 
     exit_code = ExitCode.PREEMPTED
+
+
+def tell(error: PretrainError, *, rank: str, local_rank: str) -> None:
+    """Print an error. Every rank of a node finds the same fault in the configuration: the first one says it.
+
+    The others give it time: a launcher ends all ranks once one has ended, also one that has not spoken yet.
+    """
+    if isinstance(error, ConfigError) and local_rank != "0":
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+    sys.stderr.write(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}\n")
