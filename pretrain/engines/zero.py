@@ -7,6 +7,7 @@ target tokens of the global batch), the accumulation boundary, the learning rate
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -248,12 +249,25 @@ class ZeroEngine:
     def close(self) -> None:
         """See Engine."""
         self._engine.destroy()
+        if self._stage == 3:
+            _forget_models()
         if self._sequence:
             self._sequence.close()
         for held in (self._groups, self._experts, self._disk):
             if held:
                 held.close()
         gc.unfreeze()
+
+
+def _forget_models() -> None:
+    """DeepSpeed would keep the models of all stage-3 engines of a process, and with them their groups' threads."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    to_release = vars(partitioned_param_coordinator.PartitionedParameterCoordinator)[
+        "_PartitionedParameterCoordinator__params_to_release"
+    ]
+    inspect.getclosurevars(to_release).nonlocals["func"].cache_clear()
 
 
 def _require_fp16(deepspeed: Any) -> None:

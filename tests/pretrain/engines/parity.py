@@ -147,7 +147,7 @@ def main() -> None:
         "documents with clipping active, then one evaluation. Largest relative differences; of weights and moments the",
         "norm of the difference over the norm. State: bytes of weights, gradients, masters and moments of one rank as",
         "`pretrain check` predicts them, which `test_memory_of_engines.py` holds against what the ranks hold. At: the",
-        "commit of the code that gave the numbers; earlier: of a run that did not write it down (2026-11-26).",
+        "commit of the code that gave the numbers.",
         "",
         "| layout | ranks | loss | gradient norm | weights | moments | state bytes a rank | at |",
         "|---|---|---|---|---|---|---|---|",
@@ -156,7 +156,7 @@ def main() -> None:
     for layout in [layout for layout in layouts if layout in found]:
         row = found[layout]
         numbers = " | ".join(f"{row[key]:.1e}" for key in ("loss", "gradient_norm", "weights", "moments"))
-        name, commit = layout.rpartition(" ")[0] or "usual", row.get("commit", "earlier")
+        name, commit = layout.rpartition(" ")[0] or "usual", row["commit"]
         lines.append(f"| {name} | {row['ranks']} | {numbers} | {row['state']:,} | {commit} |")
     missing = [layout for layout in layouts if layout not in found]
     if missing:
