@@ -173,9 +173,9 @@ def _facts(config: RunConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 
 def _stages_table(config: RunConfig, plan: RunPlan) -> Table:
-    """What each stage computes; ranks are counted along the pipeline, FLOPs for one token."""
+    """What each stage computes, for one token; `pipeline` is the rank's place along the pipeline, as in the grid."""
     table, ranks = Table(), config.parallel.pipeline
-    for name in ("stage", "rank", "layers", "also", "parameters", "forward FLOPs"):
+    for name in ("stage", "pipeline", "layers", "also", "parameters", "forward FLOPs"):
         table.add_column(name)
     rank_of = {
         number: rank
