@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import importlib
 import os
 import pickle
@@ -19,6 +20,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pretrain import distributed
+
+# Closed engines that wait for the collector of cycles have groups, whose threads look for messages 300 times a second
+MOST_THREADS = 30
 
 
 def main(file_descriptor: int) -> None:
@@ -41,6 +45,8 @@ def main(file_descriptor: int) -> None:
         except BaseException:  # the traceback travels to the test, whatever it is
             answer = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer)
+        if len(os.listdir("/proc/self/task")) > MOST_THREADS:
+            gc.collect()
     distributed.stop()
 
 
