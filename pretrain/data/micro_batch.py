@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_tools.token_shards import Row
 from pretrain.data.batch_buffers import BatchBuffers
@@ -33,11 +34,7 @@ def build_micro_batch(rows: Sequence[Row], sequence_length: int, buffers: BatchB
         if row.used < sequence_length:
             target[row.used :] = IGNORED_LABEL
 
-    flat_positions = positions.reshape(-1)
-    flat_positions.fill(1)  # counted up in place
-    flat_positions[0] = 0
-    flat_positions[starts[1:]] = 1 - lengths[:-1]
-    np.cumsum(flat_positions, out=flat_positions)
+    count_positions(positions.reshape(-1), borders)
     input_ids, label_ids, position_ids = torch.from_numpy(block).unbind()
     return Batch(
         input_ids=input_ids,
@@ -50,12 +47,20 @@ def build_micro_batch(rows: Sequence[Row], sequence_length: int, buffers: BatchB
     )
 
 
+def count_positions(positions: NDArray[np.int64], borders: NDArray[np.int64]) -> None:
+    """Write each token's place in its document, from 0, for the documents that begin at all borders but the last."""
+    positions.fill(1)  # counted up in place
+    positions[0] = 0
+    positions[borders[1:-1]] = 1 - np.diff(borders[:-1])
+    np.cumsum(positions, out=positions)
+
+
 def empty_row(sequence_length: int) -> Row:
     """A row that is padding from its first token on: it fills a micro-batch and has no targets."""
     return Row(np.zeros(sequence_length, np.uint16), None, np.zeros(0, np.int32), 0)
 
 
-def document_borders(rows: Sequence[Row], sequence_length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def document_borders(rows: Sequence[Row], sequence_length: int) -> NDArray[np.int64]:
     """Where documents start in the flattened rows, then the end; padding counts as a document."""
     pieces = [row.starts for row in rows]
     counts = [len(piece) for piece in pieces]

@@ -68,7 +68,7 @@ def _index(table: Table, scratch: Path) -> None:
 
 def _rows(table: Table, folder: Path, generator: np.random.Generator) -> None:
     from pretrain.data.batch_buffers import BatchBuffers
-    from pretrain.data.micro_batch import build_micro_batch
+    from pretrain.data.micro_batch import build_micro_batch, count_positions, document_borders
 
     dataset = open_dataset(folder)
     rows = generator.permutation(dataset.row_count(SEQUENCE_LENGTH) - 1).tolist()
@@ -91,6 +91,12 @@ def _rows(table: Table, folder: Path, generator: np.random.Generator) -> None:
         for first in range(0, len(rows) - 7, 8):
             dataset.rows(rows[first : first + 8], SEQUENCE_LENGTH)
 
+    def with_positions() -> None:
+        positions = np.empty(8 * SEQUENCE_LENGTH, np.int64)
+        for first in range(0, len(rows) - 7, 8):
+            read = dataset.rows(rows[first : first + 8], SEQUENCE_LENGTH)
+            count_positions(positions, document_borders(read, SEQUENCE_LENGTH))
+
     def micro_batches() -> None:
         for first in range(0, len(rows) - 7, 8):
             build_micro_batch(dataset.rows(rows[first : first + 8], SEQUENCE_LENGTH), SEQUENCE_LENGTH, buffers)
@@ -101,6 +107,7 @@ def _rows(table: Table, folder: Path, generator: np.random.Generator) -> None:
         ("views of rows of 2,048", plain),
         ("rows of 2,048 to int64", plain_copied),
         ("rows of 2,048 with document starts (cumulative lengths)", with_borders),
+        ("rows of 2,048 with positions and cumulative lengths", with_positions),
         ("micro-batches of 8 rows: ids, labels, positions, cumulative lengths", micro_batches),
     ):
         speeds[name] = len(rows) / middle([_cpu(work) for _ in range(_REPEATS)])
@@ -108,7 +115,7 @@ def _rows(table: Table, folder: Path, generator: np.random.Generator) -> None:
         "views of rows of 2,048": 200_000,
         "rows of 2,048 to int64": 200_000,
         "rows of 2,048 with document starts (cumulative lengths)": 100_000,
-        "micro-batches of 8 rows: ids, labels, positions, cumulative lengths": 100_000,
+        "rows of 2,048 with positions and cumulative lengths": 100_000,
     }
     reference = speeds["one slice of a memmap to int64"]
     for name, speed in speeds.items():
