@@ -69,6 +69,7 @@ REDACTIONS = (
 )
 # What libraries write whatever the run is; of the steps, each tenth is enough.
 NOISE = re.compile(r"torchao|torch/utils/_pytree|real_accelerator|IPv6 network addresses|^step +\d*[1-9]/|^\s*$")
+MACHINE = re.compile(r"PATH=/.*?(?=\.\.\.|\\n)")  # folders of this machine in a job's environment
 COPIED = ("launch", "pretrain", "data_tools", "tests", "ds_configs", "pyproject.toml", "constraints.txt")
 LONGEST_LINE = 200
 LONGEST_SECONDS = 900  # of one back end; on a quiet machine Slurm's takes a third of it
@@ -141,7 +142,7 @@ def _words(found: Sequence[ElementTree.Element], folder: Path) -> Iterator[str]:
 
 
 def _block(title: str, text: str, folder: Path) -> str:
-    lines = text.replace(str(folder), "").replace(str(REPOSITORY), "").splitlines()
+    lines = MACHINE.sub("PATH=", text.replace(str(folder), "").replace(str(REPOSITORY), "")).splitlines()
     return "\n".join(
         [f"\n## {title}", "", "```", *(line[:LONGEST_LINE] for line in lines if not NOISE.search(line)), "```"]
     )
