@@ -27,6 +27,7 @@ from tests.benchmarks.data.measure import Table, middle
 SEQUENCE_LENGTH = 2048
 _SEED = 3
 _REPEATS = 5
+_SLICES_THEN = 250_000  # bare slices a CPU-second on the machine for which the wanted speeds were set
 
 
 def measure_reading(table: Table, scratch: Path) -> None:
@@ -121,7 +122,13 @@ def _rows(table: Table, folder: Path, generator: np.random.Generator) -> None:
     for name, speed in speeds.items():
         limit = wanted.get(name)
         measured = f"{speed:,.0f} rows/CPU-s, {speed / reference:.2f} of one bare slice"
-        table.add(name, measured, f"{limit:,}" if limit else "", met=None if limit is None else speed >= limit)
+        if limit is None:
+            table.add(name, measured)
+            continue
+        share = limit / _SLICES_THEN
+        table.add(
+            name, measured, f"{limit:,}, or {share:.2f} of a slice", met=speed >= limit or speed >= share * reference
+        )
 
 
 def _mixture(table: Table, folder: Path) -> None:
