@@ -7,7 +7,6 @@ target tokens of the global batch), the accumulation boundary, the learning rate
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -260,14 +259,17 @@ class ZeroEngine:
 
 
 def _forget_models() -> None:
-    """DeepSpeed would keep the models of all stage-3 engines of a process, and with them their groups' threads."""
+    """DeepSpeed would keep the models of all stage-3 engines of a process, and with them their groups' threads.
+
+    Of another version that keeps them elsewhere nothing is asked: a run that is done must not end in an error here.
+    """
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
-    parameter_offload.FWD_MODULE_STACK.clear()
-    to_release = vars(partitioned_param_coordinator.PartitionedParameterCoordinator)[
-        "_PartitionedParameterCoordinator__params_to_release"
-    ]
-    inspect.getclosurevars(to_release).nonlocals["func"].cache_clear()
+    getattr(parameter_offload, "FWD_MODULE_STACK", []).clear()
+    for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # the cache lies below a decorator
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def _require_fp16(deepspeed: Any) -> None:

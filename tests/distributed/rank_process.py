@@ -21,7 +21,7 @@ from typing import Any
 
 from pretrain import distributed
 
-# Closed engines that wait for the collector of cycles have groups, whose threads look for messages 300 times a second
+# Closed engines that wait for the collector of cycles have groups, whose threads look for messages all the time.
 MOST_THREADS = 30
 
 

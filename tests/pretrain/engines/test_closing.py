@@ -33,7 +33,7 @@ def test_a_closed_engine_leaves_nothing(rank_pool: Callable[[int], RankPool], ca
 
 
 def _left() -> tuple[int, int]:
-    """Models and threads of gloo, which look for messages a hundred times a second each."""
+    """Models, and threads of gloo, which look for messages all the time."""
     gc.collect()
     threads = [path.read_text(encoding="utf-8") for path in Path("/proc/self/task").glob("*/comm")]
     models = [thing for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)]
