@@ -320,8 +320,9 @@ def main() -> int:
 
 
 def _use_threads(workers: int | None) -> None:
-    """Set how many threads encode; it must be known before the tokenizers library starts them."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if workers == 1 else "true"
+    """Set how many threads encode; it must be known before the libraries start them."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here multiplies matrices: numpy's would only wait
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # also for one: a single thread of its own takes less than none
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
 

@@ -11,10 +11,12 @@ import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from data_tools.errors import InputError
@@ -55,6 +57,11 @@ class DocumentTokenizer(ABC):
     eos_id: int
     marked_ids: Sequence[int]
     may_be_replaced = True
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What `tokenizer_json` says, without the words of its model."""
+        return settings_of(self.tokenizer_json())
 
     @abstractmethod
     def tokenizer_json(self) -> bytes:
@@ -109,6 +116,12 @@ def write_config(folder: Path, eos_token: str) -> None:
 def sha256_of(content: bytes) -> str:
     """Return the hash by which tokenizers are known."""
     return hashlib.sha256(content).hexdigest()
+
+
+def settings_of(tokenizer_json: bytes) -> dict[str, Any]:
+    """Return what a tokenizer.json says, without the words of its model: they are nearly all of it."""
+    settings: dict[str, Any] = orjson.loads(tokenizer_json)
+    return {**settings, "model": {key: settings["model"].get(key) for key in ("type", "unk_token", "unk_id")}}
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ about what is encoded (tokenizer.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, product
+from typing import Any
 
 from data_tools.safe_characters import cuts_words_by_category
 
@@ -19,9 +20,9 @@ _LINES = ("word\n", "end.\n", "1\n", ")\n", "\u00e9\n", "\u4e16\n", '"\n'), ("Th
 _WORDS = ("word", "end.", "(one,", "this:", "12th;"), (" The end", " a", " word's", " I\n")
 
 
-def can_be_cut(tokenizer_json: bytes, encode: Callable[[str], list[int]]) -> bool:
+def can_be_cut(settings: Mapping[str, Any], encode: Callable[[str], list[int]]) -> bool:
     """Whether a text may be cut so: the tokenizer cuts words first, and examples have the same ids in parts."""
-    return cuts_words_by_category(tokenizer_json) and all(
+    return cuts_words_by_category(settings) and all(
         encode(end + beginning) == encode(end) + encode(beginning)
         for end, beginning in chain(product(*_LINES), product(*_WORDS))
     )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import orjson
 
 # Every version of the Unicode tables splits, folds and composes these alike.
 COMPOSED_ALIKE = (
@@ -28,15 +28,14 @@ _HIGHER = (
 _BY_CATEGORY = {"ByteLevel", "Split", "Digits", "Sequence"}
 
 
-def unsafe_characters(tokenizer_json: bytes) -> re.Pattern[str]:
-    """Return what finds the first character of a text that makes a comparison necessary for this tokenizer."""
-    is_plain = cuts_words_by_category(tokenizer_json)
+def unsafe_characters(settings: Mapping[str, Any]) -> re.Pattern[str]:
+    """Return what finds the first character of a text that makes a comparison necessary for a tokenizer.json."""
+    is_plain = cuts_words_by_category(settings)
     return re.compile(f"[^{COMPOSED_ALIKE}{_of_constant_category() + _HIGHER if is_plain else ''}]")
 
 
-def cuts_words_by_category(tokenizer_json: bytes) -> bool:
+def cuts_words_by_category(settings: Mapping[str, Any]) -> bool:
     """Whether a text is cut in words by its characters' general categories alone, and not changed before."""
-    settings: dict[str, Any] = orjson.loads(tokenizer_json)
     return settings.get("normalizer") is None and _kinds(settings.get("pre_tokenizer")) <= _BY_CATEGORY
 
 

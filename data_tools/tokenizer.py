@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from data_tools.document_tokenizer import (
@@ -22,6 +21,7 @@ from data_tools.document_tokenizer import (
     TOKENIZER_FILE,
     DocumentTokenizer,
     read_settings,
+    settings_of,
     sha256_of,
     write_config,
 )
@@ -63,15 +63,16 @@ class HuggingFaceTokenizer(DocumentTokenizer):
         marked = {token.content for token in added if token.special}
         self.eos_token = _find_eos(file, vocabulary, marked, eos_token)
         self.eos_id = vocabulary[self.eos_token]
+        self.settings = settings_of(content)
         self.identity = TokenizerIdentity(name=file.resolve().parent.name, sha256=sha256_of(content))
-        self._special = sorted(({*marked, self.eos_token} - self._unknown_tokens(content)) & set(vocabulary))
+        self._special = sorted(({*marked, self.eos_token} - self._unknown_tokens()) & set(vocabulary))
         self.marked_ids = sorted({self.eos_id, *(vocabulary[token] for token in marked)})
         self._is_special = np.zeros(self.vocabulary_size, bool)
         self._is_special[[vocabulary[token] for token in self._special]] = True
 
     @cached_property
     def _can_be_cut(self) -> bool:
-        return can_be_cut(self.tokenizer_json(), lambda text: self._ids_of([text])[0].tolist())
+        return can_be_cut(self.settings, lambda text: self._ids_of([text])[0].tolist())
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Return the ids of each text, (tokens + 1,) int32, ending in EOS."""
@@ -117,9 +118,9 @@ class HuggingFaceTokenizer(DocumentTokenizer):
             )
         return ids
 
-    def _unknown_tokens(self, content: bytes) -> set[str | None]:
+    def _unknown_tokens(self) -> set[str | None]:
         """Return the unknown token: a special one that texts may well produce."""
-        model: dict[str, Any] = orjson.loads(content)["model"]
+        model: dict[str, Any] = self.settings["model"]
         number = model.get("unk_id")
         return {model.get("unk_token"), None if number is None else self._tokenizer.id_to_token(number)}
 

@@ -160,6 +160,34 @@ def test_a_tokenizer_that_the_fast_library_does_not_know(tmp_path: Path) -> None
         build_encoder(tokenizer, Backend.GIGATOKEN)
 
 
+@pytest.mark.parametrize(("flag", "is_joined"), [("special", True), ("lstrip", False), ("rstrip", False)])
+def test_texts_are_joined_only_where_their_ends_stay_apart(
+    tmp_path: Path, tokenizer: DocumentTokenizer, flag: str, is_joined: bool
+) -> None:
+    settings = json.loads(tokenizer.tokenizer_json())
+    settings["added_tokens"][0][flag] = True  # strip: spaces beside the end of a document would be its own
+    (tmp_path / TOKENIZER_FILE).write_text(json.dumps(settings))
+    write_config(tmp_path, tokenizer.eos_token)
+    changed = load_tokenizer(tmp_path)
+    encoder = CheckedFastEncoder(changed)
+    calls = _Counted(encoder._fast)
+    encoder._fast = calls
+    texts = ["ends in spaces  ", "  begins with them", "\n\n", "a", " b"]
+    assert ids_of(encoder, texts) == ids_of(ReferenceEncoder(changed), texts)
+    assert calls.number == (1 if is_joined else len(texts))
+
+
+class _Counted:
+    """Encodes as the fast library does, and counts how often it is asked."""
+
+    def __init__(self, fast) -> None:
+        self.fast, self.number = fast, 0
+
+    def encode(self, text):
+        self.number += 1
+        return self.fast.encode(text)
+
+
 def test_both_libraries_with_any_number_of_threads(tokenizer: DocumentTokenizer) -> None:
     reference = ids_of(ReferenceEncoder(tokenizer), TEXT)
     assert [tokenizer.decode(ids) for ids in reference] == TEXT
@@ -197,7 +225,7 @@ def test_every_safe_character_is_cut_alike(tmp_path: Path, tokenizer: DocumentTo
     (tmp_path / TOKENIZER_FILE).write_text(json.dumps(settings))
     write_config(tmp_path, tokenizer.eos_token)
     changed = load_tokenizer(tmp_path)
-    safe = safe_ones(unsafe_characters(changed.tokenizer_json()))
+    safe = safe_ones(unsafe_characters(changed.settings))
     assert len(safe) > 90_000
     assert {"\u0e33", "\u0301", "\u05d0", "\U0001f50e"} < set(safe)
     assert not {"\u0897", "\U0001e08f", "\U00011f02", "\u180e"} & set(safe)
@@ -210,12 +238,12 @@ def test_every_safe_character_is_cut_alike(tmp_path: Path, tokenizer: DocumentTo
 
 def test_a_normalizer_makes_more_characters_doubtful(tokenizer: DocumentTokenizer) -> None:
     settings = json.loads(tokenizer.tokenizer_json())
-    pattern = unsafe_characters(json.dumps({**settings, "normalizer": {"type": "NFC"}}).encode())
+    pattern = unsafe_characters({**settings, "normalizer": {"type": "NFC"}})
     assert pattern.search("e\u0301")
     assert pattern.search("\u0e33")
     assert not pattern.search("plain na\u00efve \u6587\u5b57 \uac00")
     cut = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}]}
-    assert unsafe_characters(json.dumps({**settings, "pre_tokenizer": cut}).encode()).search("\u0e33")
+    assert unsafe_characters({**settings, "pre_tokenizer": cut}).search("\u0e33")
 
 
 def test_the_cache_of_words_is_emptied_also_within_a_task(
