@@ -5,6 +5,7 @@ The work is done by the modules, imported inside the commands: `--help` must not
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -317,6 +318,8 @@ def main() -> int:
             raise
         typer.echo(f"error: {error.format_message()}\n    (see data-tools --help)", err=True)
         return UsageError.exit_code
+    finally:
+        gc.freeze()  # the collection at the interpreter's end would look through all that was imported
 
 
 def _use_threads(workers: int | None) -> None:

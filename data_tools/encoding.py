@@ -21,7 +21,7 @@ from data_tools.shard_writer import token_dtype
 from data_tools.tokenizer import DocumentTokenizer
 
 CHECKED_DOCUMENTS = 64  # the first ones of every task,
-CHECKED_BYTES = 1 << 14  # as long as they have no more than this together
+CHECKED_BYTES = 1 << 13  # as long as they have no more than this together
 REFRESHED_BYTES = 64 << 20  # of text; after so many the fast library is loaded anew: bounds its memory
 _ASCII = bytes(range(128))  # of which every character is safe
 _ENDS = (

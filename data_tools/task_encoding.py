@@ -34,6 +34,7 @@ from data_tools.tokenizer import load_tokenizer
 SPLITS = ("train", "validation", "test")
 BATCH_BYTES = 1 << 20  # of text; encoded at a time: bounds the memory
 WORKER_TOKENS = 12_000_000  # after the task that makes it so many, a process that encodes is replaced by a new one
+COUNTED_TOKENS = 1 << 17  # at a time: numpy makes eight bytes of each
 HISTOGRAM_BINS = 32  # bin n holds lengths below 2 ** n that no earlier bin holds
 DOCUMENT = np.dtype(
     [("length", "<i4"), ("split", "<u1"), ("piece", "<u4"), ("start", "<i8"), ("stop", "<i8")]
@@ -149,7 +150,8 @@ class TaskEncoder:
                     tokens = encoded.of(is_here)
                     files.write(SPLITS[number], tokens)
                     if number == 0:
-                        counts += np.bincount(tokens, minlength=len(counts))
+                        for start in range(0, len(tokens), COUNTED_TOKENS):
+                            counts += np.bincount(tokens[start : start + COUNTED_TOKENS], minlength=len(counts))
                     if options.keys.metadata:
                         lines = b"".join(compress(batch.metadata, is_here))
                         files.write(metadata_kind(number), np.frombuffer(lines, np.uint8))
