@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -83,5 +84,5 @@ def test_a_tokenizer_whose_words_reach_across_lines_is_not_cut(tmp_path: Path) -
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\S+\n\w+"), behavior="isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
     )
-    content = tokenizer.to_str().encode()
-    assert not long_texts.can_be_cut(content, lambda text: tokenizer.encode(text).ids)
+    settings = json.loads(tokenizer.to_str())
+    assert not long_texts.can_be_cut(settings, lambda text: tokenizer.encode(text).ids)
