@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
-from itertools import chain, permutations
+from itertools import chain, pairwise, permutations
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from data_tools.tokenizer import DocumentTokenizer
 
 CHECKED_DOCUMENTS = 64  # the first ones of every task,
 CHECKED_BYTES = 1 << 13  # as long as they have no more than this together
+REFERENCE_BYTES = 1 << 18  # of text at a time: the tokenizers library takes about a hundred bytes for each
 REFRESHED_BYTES = 64 << 20  # of text; after so many the fast library is loaded anew: bounds its memory
 _ASCII = bytes(range(128))  # of which every character is safe
 _ENDS = (
@@ -68,7 +69,11 @@ class ReferenceEncoder:
 
     def encode(self, texts: Sequence[bytes]) -> EncodedDocuments:
         """Encode each text."""
-        documents = self.tokenizer.encode_documents([text.decode() for text in texts])
+        places = np.cumsum([len(text) for text in texts]) // REFERENCE_BYTES
+        borders = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(texts)]
+        documents: list[Ids] = []
+        for first, last in pairwise(borders):
+            documents += self.tokenizer.encode_documents([text.decode() for text in texts[first:last]])
         return EncodedDocuments.of_documents(documents, self._dtype)
 
 
