@@ -279,4 +279,4 @@ def _records(
 
 
 def _id_hashes(names: Sequence[str | None]) -> NDArray[np.uint64]:
-    return np.array([NO_ID if name is None else xxh3_64_intdigest(name) for name in names], ID_HASH)
+    return np.array([NO_ID if name is None else xxh3_64_intdigest(name.encode()) for name in names], ID_HASH)
