@@ -25,15 +25,8 @@ CHECKED_BYTES = 1 << 13  # as long as they have no more than this together
 REFERENCE_BYTES = 1 << 18  # of text at a time: the tokenizers library takes about a hundred bytes for each
 REFRESHED_BYTES = 64 << 20  # of text; after so many the fast library is loaded anew: bounds its memory
 _ASCII = bytes(range(128))  # of which every character is safe
-_ENDS = (
-    b"a",
-    b" b ",
-    b"\n",
-    b"  1\n\n",
-    b".",
-    b"'s",
-    "\u00e9\u4e2d".encode(),
-)  # of texts: what might cling to a neighbour
+# Texts whose ends might cling to what is beside them.
+_ENDS = (b"a", b" b ", b"\n", b"  1\n\n", b".", b"'s", "\u00e9\u4e2d".encode())
 logger = logging.getLogger(__name__)
 
 
