@@ -27,6 +27,25 @@ from data_tools.choices import (
     TokenizerType,
     Whitespace,
 )
+from data_tools.command_options import (
+    FRACTIONS,
+    BadLine,
+    Dataset,
+    EosToken,
+    Fractions,
+    IdKey,
+    Inputs,
+    Library,
+    MaxDocumentBytes,
+    Metadata,
+    Output,
+    Processes,
+    ShuffleSeed,
+    SplitSeed,
+    StdinSuffix,
+    TextKey,
+    TokenizerFile,
+)
 from data_tools.errors import DataToolsError, ShardError, UsageError
 from data_tools.job_commands import register
 from data_tools.look_commands import register_looks
@@ -44,20 +63,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Inputs = Annotated[
-    list[str],
-    typer.Argument(
-        help="Files (.txt .jsonl .json .csv .tsv .parquet .arrow; text also .gz .zst), folders, 'patterns', "
-        "folders of the datasets library, hf:NAME[:SPLIT], URLs (s3, gs, hf, http, https, file; copied into "
-        "~/.cache/athanor/inputs first), or - for standard input."
-    ),
-]
-StdinSuffix = Annotated[str, typer.Option(help="What standard input (-) would end in as a file.")]
-MaxDocumentBytes = Annotated[int, typer.Option(min=1, help="A longer record is a bad one; memory grows with it.")]
-Output = Annotated[Path, typer.Option(help="Folder to make; it appears when it is complete.")]
-Dataset = Annotated[Path, typer.Argument(help="A dataset folder, or one split of it.")]
-TextKey = Annotated[str, typer.Option(help="Key of the text in a JSON line.")]
-BadLine = Annotated[BadLinePolicy, typer.Option(help="What to do with a record that holds no usable text.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads that encode; default: one a core.")]
 
 
@@ -114,22 +119,20 @@ def train_tokenizer(
 @app.command()
 def prepare(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, a .model, a .tiktoken, or a folder with one.")],
+    tokenizer: TokenizerFile,
     output: Output,
     text_key: TextKey = "text",
-    id_key: Annotated[str, typer.Option(help="Key of the document's name in a JSON line.")] = "id",
-    split: Annotated[str, typer.Option(help="Shares of train, validation, test.")] = "0.98,0.01,0.01",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that encode; default: one a core.")] = None,
-    backend: Annotated[Backend, typer.Option(help="Library that encodes; the tokens are the same.")] = Backend.AUTO,
+    id_key: IdKey = "id",
+    split: Fractions = FRACTIONS,
+    seed: SplitSeed = 0,
+    workers: Processes = None,
+    backend: Library = Backend.AUTO,
     on_bad_line: BadLine = BadLinePolicy.FAIL,
-    eos_token: Annotated[str | None, typer.Option(help="End of document; default: the tokenizer's own.")] = None,
-    metadata: Annotated[str, typer.Option(help="Keys to keep beside the tokens: KEY[,KEY...].")] = "",
+    eos_token: EosToken = None,
+    metadata: Metadata = "",
     max_document_bytes: MaxDocumentBytes = LONGEST_DOCUMENT_BYTES,
     stdin_suffix: StdinSuffix = ".jsonl",
-    shuffle_seed: Annotated[
-        int | None, typer.Option(min=0, help="Shuffle all documents by this seed; default: the order of the inputs.")
-    ] = None,
+    shuffle_seed: ShuffleSeed = None,
     hang_seconds: Annotated[float, typer.Option(min=1, help="A worker that does nothing for so long fails.")] = 300,
 ) -> None:
     """Encode text into token shards, split into train, validation and test; run again, it goes on where it stopped."""

@@ -14,9 +14,25 @@ from typing import Annotated, Any
 import typer
 
 from data_tools.choices import LONGEST_DOCUMENT_BYTES, Backend, BadLinePolicy, Executor
+from data_tools.command_options import (
+    FRACTIONS,
+    BadLine,
+    EosToken,
+    Fractions,
+    IdKey,
+    Library,
+    MaxDocumentBytes,
+    Metadata,
+    Output,
+    Processes,
+    SharedInputs,
+    ShuffleSeed,
+    SplitSeed,
+    TextKey,
+    TokenizerFile,
+)
 from data_tools.errors import UsageError
 
-Output = Annotated[Path, typer.Option(help="Folder to make; it appears when it is complete.")]
 Where = Annotated[Executor, typer.Option(help="Where the work is done.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the stages, or Slurm's batch scripts.")]
 UseThreads = Callable[[int | None], None]
@@ -28,25 +44,25 @@ def register(app: typer.Typer, use_threads: UseThreads) -> None:
 
     @app.command()
     def prepare_shared(
-        inputs: Annotated[list[str], typer.Argument(help="Files, folders, 'patterns', hf:NAME, as for prepare.")],
-        tokenizer: Annotated[Path, typer.Option(help="As for prepare.")],
+        inputs: SharedInputs,
+        tokenizer: TokenizerFile,
         output: Output,
         shares: Annotated[int, typer.Option(min=1, help="In how many shares the tasks are cut.")],
         share: Annotated[int | None, typer.Option(help="Encode this one here, from 0, and end.")] = None,
         executor: Where = Executor.LOCAL,
         cluster: Annotated[Path | None, typer.Option(help="YAML with a section slurm, as in recipes.")] = None,
         dry_run: DryRun = False,
-        text_key: Annotated[str, typer.Option(help="Key of the text in a record.")] = "text",
-        id_key: Annotated[str, typer.Option(help="Key of the document's name.")] = "id",
-        split: Annotated[str, typer.Option(help="Shares of train, validation, test.")] = "0.98,0.01,0.01",
-        seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
-        workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
-        backend: Annotated[Backend, typer.Option(help="Library that encodes.")] = Backend.AUTO,
-        on_bad_line: Annotated[BadLinePolicy, typer.Option(help="As for prepare.")] = BadLinePolicy.FAIL,
-        eos_token: Annotated[str | None, typer.Option(help="End of document.")] = None,
-        metadata: Annotated[str, typer.Option(help="Keys to keep: KEY[,KEY...].")] = "",
-        max_document_bytes: Annotated[int, typer.Option(min=1)] = LONGEST_DOCUMENT_BYTES,
-        shuffle_seed: Annotated[int | None, typer.Option(min=0, help="Shuffle by this seed.")] = None,
+        text_key: TextKey = "text",
+        id_key: IdKey = "id",
+        split: Fractions = FRACTIONS,
+        seed: SplitSeed = 0,
+        workers: Processes = None,
+        backend: Library = Backend.AUTO,
+        on_bad_line: BadLine = BadLinePolicy.FAIL,
+        eos_token: EosToken = None,
+        metadata: Metadata = "",
+        max_document_bytes: MaxDocumentBytes = LONGEST_DOCUMENT_BYTES,
+        shuffle_seed: ShuffleSeed = None,
     ) -> None:
         """Do what prepare does on several machines, to the same bytes: shares of the tasks, then the dataset."""
         use_threads(workers)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-Dataset = Annotated[Path, typer.Argument(help="A dataset folder, or one split of it.")]
+from data_tools.command_options import Dataset
 
 
 def register_looks(app: typer.Typer) -> None:
