@@ -25,10 +25,10 @@ from data_tools.document_tokenizer import DocumentTokenizer
 from data_tools.documents import Keys
 from data_tools.dropped_records import count_dropped, gather_quarantine
 from data_tools.duplicate_ids import find_duplicate_ids
-from data_tools.errors import InputError, UsageError
+from data_tools.errors import DataToolsError, InputError, UsageError
 from data_tools.input_files import find_inputs
 from data_tools.journal import Journal
-from data_tools.manifest import Manifest, ShardRecord, TokenizerIdentity, load_manifest, save_manifest
+from data_tools.manifest import Manifest, ShardRecord, TokenizerIdentity, load_manifest, save_manifest, sync_folder
 from data_tools.pieces import Piece
 from data_tools.preparation_report import write_report
 from data_tools.publish import Made, is_finished, staged_output
@@ -47,6 +47,7 @@ from data_tools.worker_pool import HANG_SECONDS, EncodingPool, Finished
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = "work"  # in the staging folder: the files of tasks, and the journal
+_DONE_FOLDER = "done"  # what it is called when all is written: files that are being removed are nothing to go on with
 
 
 class Progress(Protocol):
@@ -136,8 +137,13 @@ def prepare(
         tasks = plan_tasks(files, range_bytes)
         facts = _facts(request, backend, range_bytes)
         staging = stack.enter_context(
-            staged_output(output, lambda staging: _goes_on(staging / WORK_FOLDER, job, facts, output))
+            staged_output(
+                output, lambda staging: _is_complete(staging, request) or _goes_on(staging, job, facts, output)
+            )
         )
+        if _is_complete(staging, request):
+            remove_shares(output)
+            return _without_work(staging)
         work = staging / WORK_FOLDER
         work.mkdir(exist_ok=True)
         encoding = encoding_options(loaded.file, draft.dtype, options, backend, work)
@@ -151,14 +157,38 @@ def prepare(
             # closed at once when this fails: no worker may write into a folder that is being removed
             with closing(_encode(tasks, known, pool, journal, progress, host)) as encoded:
                 results, shards = assemble_while_encoding(assemblies, tasks, known, encoded, journal, at_once)
-            made = _save_manifests(tasks, results, shards, draft, staging)
-        gather_quarantine(tasks, results, work, staging / "quarantine.jsonl")
-        shutil.rmtree(staging / "tokenizer", ignore_errors=True)  # of a run that was stopped here
-        loaded.copy_to(staging / "tokenizer")
-        write_report(staging, results, find_duplicate_ids(tasks, work))
-        shutil.rmtree(work)
+            _save_manifests(tasks, results, shards, draft, staging)
+        made = _finish(tasks, results, loaded, staging)
     remove_shares(output)
     return made
+
+
+def _finish(tasks: Sequence[Task], results: Sequence[TaskResult], tokenizer: DocumentTokenizer, staging: Path) -> Made:
+    """Write what lies beside the splits, then remove the files of the tasks."""
+    work = staging / WORK_FOLDER
+    gather_quarantine(tasks, results, work, staging / "quarantine.jsonl")
+    shutil.rmtree(staging / "tokenizer", ignore_errors=True)  # of a run that was stopped here
+    tokenizer.copy_to(staging / "tokenizer")
+    write_report(staging, results, find_duplicate_ids(tasks, work))
+    work.rename(staging / _DONE_FOLDER)
+    return _without_work(staging)
+
+
+def _is_complete(staging: Path, request: Mapping[str, Any]) -> bool:
+    """Whether a folder holds all of this dataset, so that it lacks nothing but its name."""
+    try:
+        return not (staging / WORK_FOLDER).exists() and is_finished(staging, request)
+    except DataToolsError:
+        return False  # it holds something else
+
+
+def _without_work(staging: Path) -> Made:
+    """Remove what was needed on the way; return what there is then."""
+    done = staging / _DONE_FOLDER
+    if done.exists():
+        sync_folder(staging)
+        shutil.rmtree(done)
+    return Made(manifests={path.name: load_manifest(path) for path in split_folders(staging)})
 
 
 def _draft(tokenizer: DocumentTokenizer, command: str, request: Mapping[str, Any]) -> Manifest:
@@ -216,8 +246,9 @@ def _facts(request: Mapping[str, Any], backend: Backend, range_bytes: int) -> di
     return {**hashes, **options, "backend": backend.value, "range_bytes": range_bytes}
 
 
-def _goes_on(work: Path, job: str, facts: Mapping[str, Any], output: Path) -> bool:
+def _goes_on(staging: Path, job: str, facts: Mapping[str, Any], output: Path) -> bool:
     """Return whether a folder holds this job, begun; one of another job is told before it is discarded."""
+    work = staging / WORK_FOLDER
     if (other := Journal.of_another_job(work, job)) is not None:
         before, finished = other
         names = sorted(name for name in {*facts, *before} if facts.get(name) != before.get(name))
@@ -270,7 +301,7 @@ def _save_manifests(
     shards: Mapping[str, Sequence[ShardRecord]],
     draft: Manifest,
     staging: Path,
-) -> Made:
+) -> None:
     """Write the manifest of every split that has documents."""
     dropped, examples = count_dropped(tasks, results)
     if not shards[SPLITS[0]]:
@@ -278,19 +309,17 @@ def _save_manifests(
     counts = np.zeros(draft.vocabulary_size, np.int64)
     for task in tasks:
         counts += np.fromfile(task_file(staging / WORK_FOLDER, task.number, "counts"), np.int64)
-    manifests = {}
     for name, records in shards.items():
         if not records:
             continue
-        manifests[name] = replace(
+        manifest = replace(
             draft.for_split(name),
             shards=tuple(records),
             dropped=dropped,
             dropped_examples=tuple(examples),
             unigram_entropy_nats=entropy_nats(counts),
         )
-        save_manifest(manifests[name], staging / name)
-    return Made(manifests=manifests)
+        save_manifest(manifest, staging / name)
 
 
 def _assembly(split: int, staging: Path, draft: Manifest, options: PrepareOptions) -> SplitAssembly:

@@ -163,6 +163,32 @@ def test_twenty_kills_of_workers_and_parents_leave_no_trace(
     assert content(out) == clean
 
 
+@pytest.mark.parametrize("removed", [0.0, 0.02, 0.5, 1.0])
+def test_a_run_stopped_while_it_removes_its_work_leaves_no_trace(
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer_folder: Path,
+    clean: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    removed: float,
+) -> None:
+    def remove_some(folder: Path, **_: Any) -> None:
+        files = sorted(folder.glob("*"), key=lambda path: path.suffix != ".quarantine")  # any order may be a disk's
+        if len(files) > 100:  # those of all tasks
+            for file in files[: int(removed * len(files))]:
+                file.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.prepare.shutil.rmtree", remove_some)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], tokenizer_folder, tmp_path / "out", OPTIONS, range_bytes=RANGE_BYTES)
+    assert not (tmp_path / "out").exists()
+    made = prepare([corpus], tokenizer_folder, tmp_path / "out", OPTIONS, range_bytes=RANGE_BYTES)
+    assert content(tmp_path / "out") == clean
+    assert made.manifests.keys() == {"train", "validation", "test"}
+
+
 @pytest.mark.chaos
 def test_a_run_killed_between_shards_goes_on(
     tmp_path: Path, corpus: Path, tokenizer_folder: Path, clean: dict[str, str]
