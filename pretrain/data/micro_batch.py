@@ -6,6 +6,7 @@ Does not choose or read rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -48,11 +49,15 @@ def build_micro_batch(rows: Sequence[Row], sequence_length: int, buffers: BatchB
 
 
 def count_positions(positions: NDArray[np.int64], borders: NDArray[np.int64]) -> None:
-    """Write each token's place in its document, from 0, for the documents that begin at all borders but the last."""
-    positions.fill(1)  # counted up in place
-    positions[0] = 0
-    positions[borders[1:-1]] = 1 - np.diff(borders[:-1])
-    np.cumsum(positions, out=positions)
+    """Write each token's place in its document, from 0; documents begin at all borders but the last, the first at 0."""
+    np.subtract(_count(len(positions)), np.repeat(borders[:-1], np.diff(borders)), out=positions)
+
+
+@lru_cache(maxsize=2)  # of training and of validation
+def _count(size: int) -> NDArray[np.int64]:
+    numbers = np.arange(size)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def empty_row(sequence_length: int) -> Row:
