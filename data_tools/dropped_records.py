@@ -6,6 +6,7 @@ A task that begins in the middle of a file cannot know the number of its first l
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ def gather_quarantine(tasks: Sequence[Task], results: Sequence[TaskResult], fold
                 for record in map(json.loads, records):
                     record["line"] += first_lines[record.pop("piece")]
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # the tasks' own records are removed next
 
 
 def _first_lines(tasks: Sequence[Task], results: Sequence[TaskResult]) -> list[list[int]]:
