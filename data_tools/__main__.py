@@ -5,6 +5,7 @@ The work is done by the modules, imported inside the commands: `--help` must not
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -305,6 +306,7 @@ def stage(
 
 def main() -> int:
     """Run the command line and return the exit code."""
+    atexit.register(gc.freeze)  # or the interpreter's last collection looks through all that was imported
     try:
         return app(standalone_mode=False) or 0
     except DataToolsError as error:
@@ -321,8 +323,6 @@ def main() -> int:
             raise
         typer.echo(f"error: {error.format_message()}\n    (see data-tools --help)", err=True)
         return UsageError.exit_code
-    finally:
-        gc.freeze()  # the collection at the interpreter's end would look through all that was imported
 
 
 def _use_threads(workers: int | None) -> None:

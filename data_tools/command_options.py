@@ -28,6 +28,7 @@ MaxDocumentBytes = Annotated[int, typer.Option(min=1, help="A longer record is a
 # Of the preparation, on one machine and on several.
 TokenizerFile = Annotated[Path, typer.Option(help="tokenizer.json, a .model, a .tiktoken, or a folder with one.")]
 IdKey = Annotated[str, typer.Option(help="Key of the document's name in a JSON line.")]
+FRACTIONS = "0.98,0.01,0.01"
 Fractions = Annotated[str, typer.Option(help="Shares of train, validation, test.")]
 SplitSeed = Annotated[int, typer.Option(min=0, help="Seed of the split.")]
 Processes = Annotated[int | None, typer.Option(min=1, help="Processes that encode; default: one a core.")]
@@ -37,4 +38,3 @@ Metadata = Annotated[str, typer.Option(help="Keys to keep beside the tokens: KEY
 ShuffleSeed = Annotated[
     int | None, typer.Option(min=0, help="Shuffle all documents by this seed; default: the order of the inputs.")
 ]
-FRACTIONS = "0.98,0.01,0.01"

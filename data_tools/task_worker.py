@@ -45,7 +45,6 @@ def main(parent: int, control: Connection, pairs: list[tuple[int, int]]) -> int:
         return 0
     gc.collect()
     gc.freeze()  # or the first collection in each worker would copy all pages
-    gc.disable()  # records are no cycles, and a worker is replaced before it could gather others
     host, living = os.getpid(), dict(enumerate(pairs[:count]))
     for connection, log in pairs[count:]:
         os.close(connection)

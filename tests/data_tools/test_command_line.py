@@ -7,10 +7,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
+from data_tools.__main__ import app
 from data_tools.inspect import document_lengths
 from data_tools.token_shards import open_dataset
 from tests.data_tools.conftest import TEXT, write_lines
@@ -186,3 +189,15 @@ def test_no_command_needs_torch_or_transformers() -> None:
     code = f"import sys, importlib\nfor name in {modules}: importlib.import_module('data_tools.' + name)\n"
     code += "assert not {'torch', 'transformers', 'pretrain'} & set(sys.modules), 'too heavy'"
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_a_dataset_is_asked_for_alike_on_one_machine_and_on_several() -> None:
+    commands: Any = typer.main.get_command(app)
+
+    def options(command: str) -> dict[str, Any]:
+        asked = {one.name: (one.opts, one.required, one.default) for one in commands.commands[command].params}
+        return {name: how for name, how in asked.items() if name not in own}
+
+    own = {"stdin_suffix", "hang_seconds", "share", "shares", "executor", "cluster", "dry_run"}
+    assert options("prepare") == options("prepare-shared")
+    assert len(options("prepare")) == 14
